@@ -1,0 +1,32 @@
+# make quickstart   convert, uptrain and evaluate the small example checkpoint
+# make test         the fast tests
+# make test-slow    the slow ones
+# make check        format, lint and types
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow check clean
+
+quickstart: .venv/installed
+	$(BIN)/uptrain run quickstart
+
+test: .venv/installed
+	$(BIN)/pytest -n auto
+
+test-slow: .venv/installed
+	$(BIN)/pytest -m slow
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Installed once; again only when the requirements change.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv uptrain-quickstart

@@ -1,0 +1,5 @@
+"""`python -m uptrain` is `uptrain`."""
+
+from uptrain.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""A folder of tensors, in and out."""

@@ -1,0 +1,430 @@
+"""The command line: options in, results out, exit codes. Everything else is in the library."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from uptrain import __version__
+from uptrain.errors import Interrupted, RecipeError, UptrainError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class Size(click.ParamType):
+    """A number of bytes such as 5GB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Read a size in bytes."""
+        if isinstance(value, int):
+            return value
+        text = value.strip().upper()
+        for unit in sorted(_UNITS, key=len, reverse=True):
+            number = text.removesuffix(unit).strip()
+            if text.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
+                return int(float(number) * _UNITS[unit])
+        self.fail(f"{value!r} is no size; write for example 500MB or 5GB", param, ctx)
+
+
+class Commands(click.Group):
+    """The commands, with every error of the library turned into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; exit 1 on an error, 2 on a wrong recipe, 130 when interrupted."""
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException):
+            raise
+        except BrokenPipeError:
+            # Whoever read our output has seen enough; what is left goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except (KeyboardInterrupt, Interrupted, click.Abort) as error:
+            _fail(ctx, str(error) or "interrupted; nothing was left half done", 130)
+        except RecipeError as error:
+            _fail(ctx, str(error), 2)
+        except UptrainError as error:
+            _fail(ctx, str(error), 1)
+        except OSError as error:
+            _fail(ctx, f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+        except Exception as error:
+            text = " ".join(str(error).split())
+            _fail(
+                ctx,
+                f"unexpected {type(error).__name__}: {text}; --debug shows where it happened",
+                1,
+            )
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> None:
+    if ctx.params.get("debug"):
+        raise  # noqa: PLE0704 - called from an except block only
+    click.echo(f"uptrain: {message}", err=True)
+    ctx.exit(code)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="uptrain %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Turn multi-head attention checkpoints into grouped-query ones, and win their quality back."""
+    # The libraries' own remarks would bury ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Execute Python code that lies in the checkpoint."
+)
+
+
+@main.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--num-key-value-heads",
+    type=click.IntRange(min=1),
+    required=True,
+    metavar="G",
+    help="KV heads of the target; 1 makes multi-query attention.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["mean", "first", "random"]),
+    default="mean",
+    show_default=True,
+    help="How the heads of a group become one.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint at TARGET.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
+@trust_option
+@json_option
+def convert(
+    source: str,
+    target: Path,
+    num_key_value_heads: int,
+    method: str,
+    seed: int,
+    max_shard_size: int,
+    overwrite: bool,
+    dry_run: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Merge the KV heads of checkpoint SOURCE (a folder or a hub id) into TARGET."""
+    from uptrain.conversion.convert import convert
+
+    result = convert(
+        source,
+        target,
+        num_key_value_heads,
+        method=method,
+        seed=seed,
+        max_shard_bytes=max_shard_size,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        dry_run=dry_run,
+    )
+    if as_json:
+        _print_json(result)
+        return
+    heads, weights = result["num_key_value_heads"], result["weight_bytes"]
+    cache, tensors = result["kv_cache_bytes_per_token"], result["tensors"]
+    rows = [
+        (
+            "KV heads",
+            f"{heads['source']} → {heads['target']}, {method} of groups of {result['group_size']}",
+        ),
+        (
+            "KV cache",
+            f"{cache['source']:,} → {cache['target']:,} bytes a token "
+            f"({cache['source'] / cache['target']:.3g}× smaller)",
+        ),
+        ("weights", f"{_mib(weights['source'])} → {_mib(weights['target'])}"),
+        ("tensors", f"{tensors['merged']} merged, {tensors['copied']} copied byte for byte"),
+    ]
+    if result["left_out"]:
+        rows.append(("left out", ", ".join(result["left_out"]) + " (weights in another format)"))
+    if dry_run:
+        rows.append(
+            (
+                "needs",
+                f"{_mib(weights['target'])} of disk, {_mib(result['working_memory_bytes'])} for tensors",
+            )
+        )
+        title = f"{result['source']} → {target} (dry run, nothing written)"
+    else:
+        title = f"{result['source']} → {target}"
+        rows.append(("next", f"uptrain evaluate {target} --reference {source} --data TEXT"))
+    _print_rows(title, rows)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint.")
+@json_option
+def finetune(recipe: str, overrides: Sequence[str], resume: bool, as_json: bool) -> None:
+    """Uptrain a converted checkpoint as RECIPE (a file, or a shipped recipe's name) says."""
+    from uptrain.training.loop import finetune
+    from uptrain.training.recipe import load_recipe
+
+    result = finetune(load_recipe(recipe, overrides), resume=resume)
+    if not result:  # only the main process reports
+        return
+    if as_json:
+        _print_json(result)
+        return
+    _print_rows(f"uptrained → {result['final']}", _training_rows(result))
+
+
+@main.command()
+@click.argument("model")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Text or jsonl.")
+@click.option("--reference", help="Compare with this checkpoint, usually the original.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens to predict.  [default: all]")
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(min=1),
+    help="Tokens of a block.  [default: the model's context, at most 2048]",
+)
+@click.option("--device", help="cpu, cuda, …  [default: a GPU if there is one]")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder for evaluation.json.")
+@trust_option
+@json_option
+def evaluate(
+    model: str,
+    data: Path,
+    reference: str | None,
+    max_tokens: int | None,
+    sequence_length: int | None,
+    device: str | None,
+    output: Path | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Measure the loss of MODEL on text, and how far it is from a reference."""
+    from uptrain.evaluation.quality import evaluate
+
+    result = evaluate(
+        model,
+        data,
+        reference=reference,
+        max_tokens=max_tokens,
+        sequence_length=sequence_length,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        output=output,
+    )
+    if as_json:
+        _print_json(result)
+        return
+    rows = [
+        ("loss", f"{result['loss']:.4f} nats a token"),
+        ("perplexity", f"{result['perplexity']:.2f}"),
+        ("bits per byte", f"{result['bits_per_byte']:.4f}"),
+    ]
+    if reference is not None:
+        rows += [
+            ("reference", f"{result['reference_loss']:.4f} nats a token"),
+            ("increase", f"{result['loss_increase']:+.4f} nats a token"),
+            ("KL", f"{result['kl']:.4f} nats a token, KL(reference ‖ model)"),
+            ("agreement", f"{result['top1_agreement']:.1%} of most likely tokens"),
+        ]
+    rows += [
+        (
+            "KV cache",
+            f"{result['kv_cache_bytes_per_token']:,} bytes a token, {result['num_key_value_heads']} KV heads",
+        ),
+        ("measured on", f"{result['tokens']:,} tokens of {data}"),
+    ]
+    _print_rows(model, rows)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@json_option
+def run(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
+    """Convert, uptrain, evaluate and report as RECIPE says; picks up where it stopped."""
+    from uptrain.run import run
+    from uptrain.training.recipe import load_recipe
+
+    result = run(load_recipe(recipe, overrides))
+    if not result:  # only the main process reports
+        return
+    if as_json:
+        _print_json(result)
+        return
+    from uptrain.report import summary_table
+
+    click.echo(summary_table(result["report"]))
+    click.echo()
+    _print_rows("written", [("model", result["final"]), ("report", result["report_path"])])
+
+
+@main.command()
+@click.argument("model")
+@trust_option
+@json_option
+def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
+    """Show the heads of MODEL, what it can go to, and which runtimes will accept that."""
+    from uptrain.checkpoint.reader import open_checkpoint
+    from uptrain.conversion.plan import inspect
+    from uptrain.evaluation.serving import runtimes
+
+    checkpoint = open_checkpoint(model)
+    result = inspect(checkpoint, checkpoint.folder if trust_remote_code else None)
+    for target in result["targets"]:
+        target["runtimes"] = runtimes(checkpoint.config, target["num_key_value_heads"])
+    if as_json:
+        _print_json(result)
+        return
+    H, K = result["num_attention_heads"], result["num_key_value_heads"]
+    kind = "multi-head" if K == H else "multi-query" if K == 1 else "grouped-query"
+    _print_rows(
+        f"{result['model']} ({result['model_type']})",
+        [
+            (
+                "attention",
+                f"{H} query heads, {K} KV heads ({kind}), {result['num_hidden_layers']} layers",
+            ),
+            ("weights", f"{result['parameters']:,} values, {_mib(result['weight_bytes'])}"),
+        ],
+    )
+    click.echo()
+    click.echo("  KV heads   KV cache a token   smaller   accepted by")
+    own = result["targets"][0]["kv_cache_bytes_per_token"]
+    for target in result["targets"]:
+        count, cached = target["num_key_value_heads"], target["kv_cache_bytes_per_token"]
+        accepting = ", ".join(r["runtime"] for r in target["runtimes"] if r["accepts"])
+        click.echo(f"  {count:>8}   {cached:>10,} bytes   {own / cached:>6.3g}×   {accepting}")
+    notes = {
+        f"{r['runtime']}: {r['note']}"
+        for target in result["targets"]
+        for r in target["runtimes"]
+        if not r["accepts"]
+    }
+    for note in sorted(notes):
+        click.echo(f"\n  {note}")
+
+
+@main.command()
+@click.argument("target")
+@click.option("--source", help="The checkpoint that TARGET was converted from: compare with it.")
+@trust_option
+@json_option
+@click.pass_context
+def verify(
+    ctx: click.Context, target: str, source: str | None, trust_remote_code: bool, as_json: bool
+) -> None:
+    """Check that TARGET is whole, unchanged, and what its record says."""
+    from uptrain.conversion.verify import verify
+
+    result = verify(target, source, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_rows(target, [("ok", check) for check in result["checks"]])
+    for problem in result["problems"]:
+        click.echo(f"uptrain: {target}: {problem}", err=True)
+    if result["problems"]:
+        ctx.exit(1)
+
+
+@main.command()
+@click.argument(
+    "folders", nargs=-1, required=True, metavar="DIR...", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write to.  [default: report/ of a single DIR, else ./report]",
+)
+@json_option
+def report(folders: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+    """Gather the results of runs into tables and plots."""
+    from uptrain.report import report, summary_table
+
+    if output is None:
+        output = folders[0] / "report" if len(folders) == 1 else Path("report")
+    result = report(folders, output)
+    if as_json:
+        _print_json(result)
+        return
+    click.echo(summary_table(result))
+    click.echo()
+    _print_rows("written", [("report", str(output / "report.md"))])
+
+
+@main.group()
+def recipes() -> None:
+    """The recipes shipped with uptrain."""
+
+
+@recipes.command("list")
+@json_option
+def list_recipes(as_json: bool) -> None:
+    """List the shipped recipes."""
+    from uptrain.training.recipe import shipped_recipes
+
+    found = shipped_recipes()
+    if as_json:
+        _print_json({"recipes": found})
+        return
+    width = max(len(entry["name"]) for entry in found)
+    for entry in found:
+        click.echo(f"{entry['name']:<{width}}  {entry['description']}")
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@json_option
+def copy_recipe(name: str, path: Path | None, as_json: bool) -> None:
+    """Copy recipe NAME to PATH, to change it (default: NAME.yaml here)."""
+    from uptrain.training.recipe import copy_recipe
+
+    written = copy_recipe(name, path or Path(f"{name}.yaml"))
+    if as_json:
+        _print_json({"path": str(written)})
+    else:
+        click.echo(f"{written}; change it, then: uptrain run {written}")
+
+
+def _training_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [
+        ("training", f"{result['steps']:,} steps, {result['tokens']:,} tokens"),
+        ("loss", f"{result['loss']:.4f} nats a token, last step"),
+    ]
+    if result.get("validation_loss") is not None:
+        rows.append(("validation", f"{result['validation_loss']:.4f} nats a token"))
+    rows.append(
+        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:,.0f} s")
+    )
+    return rows
+
+
+def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    click.echo(title)
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, text in rows:
+        click.echo(f"  {label:<{width}}  {text}")
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    click.echo(json.dumps(content, ensure_ascii=False))
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.1f} MiB"

@@ -1,0 +1,1 @@
+"""Merge key/value heads: plan, pool, write, verify."""

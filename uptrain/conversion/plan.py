@@ -1,0 +1,150 @@
+"""What a conversion will do: heads, bytes, tensors. Nothing is written or read but headers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.reader import DTYPE_NAMES, DTYPES, Checkpoint
+from uptrain.checkpoint.writer import TensorSpec
+from uptrain.errors import HeadCountError, UnsupportedFamilyError
+from uptrain.families import registry
+from uptrain.families.schema import Heads, HeadTensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that was checked and can be carried out."""
+
+    checkpoint: Checkpoint
+    heads: Heads
+    """Of the source."""
+    num_key_value_heads: int
+    """Of the target."""
+    head_tensors: dict[str, HeadTensor]
+    config: dict[str, Any]
+    """Of the target."""
+    specs: list[TensorSpec]
+    kv_cache_bytes_per_token: int
+    """Of the source."""
+
+    @property
+    def group_size(self) -> int:
+        """Number of source KV heads merged into one."""
+        return self.heads.num_key_value_heads // self.num_key_value_heads
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all target tensors."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def working_bytes(self) -> int:
+        """Most bytes of tensors that are in memory at once (the interpreter and libraries apart)."""
+        largest = max(
+            (self.checkpoint.tensors[name].nbytes for name in self.head_tensors), default=0
+        )
+        # The tensor, its pooled copy, and one group in the wider dtype.
+        return 3 * largest
+
+    def summary(self) -> dict[str, Any]:
+        """Describe the plan as JSON."""
+        K, G = self.heads.num_key_value_heads, self.num_key_value_heads
+        return {
+            "source": self.checkpoint.name,
+            "model_type": self.checkpoint.config["model_type"],
+            "num_attention_heads": self.heads.num_attention_heads,
+            "num_key_value_heads": {"source": K, "target": G},
+            "group_size": self.group_size,
+            "tensors": {
+                "merged": len(self.head_tensors),
+                "copied": len(self.specs) - len(self.head_tensors),
+            },
+            "weight_bytes": {"source": self.checkpoint.nbytes, "target": self.nbytes},
+            "kv_cache_bytes_per_token": {
+                "source": self.kv_cache_bytes_per_token,
+                "target": self.kv_cache_bytes_per_token * G // K,
+            },
+            "working_memory_bytes": self.working_bytes,
+            "left_out": [path.name for path in self.checkpoint.left_out],
+        }
+
+
+def plan_conversion(
+    checkpoint: Checkpoint, num_key_value_heads: int, code: Path | None = None
+) -> Plan:
+    """Check that a checkpoint can be converted and say what would change.
+
+    Args:
+        checkpoint: The source.
+        num_key_value_heads: G of the target, a divisor of the source's.
+        code: The checkpoint's folder if its own Python code may be executed.
+
+    Raises:
+        HeadCountError: If the count does not divide the source's, or the family forbids it.
+        UnsupportedFamilyError: If the family, or one of its tensors, has no rule.
+        CheckpointError: If config and weights contradict each other.
+    """
+    config, G = checkpoint.config, num_key_value_heads
+    heads = registry.read_heads(config, code)
+    K = heads.num_key_value_heads
+    possible = registry.possible_head_counts(config, code)
+    if G not in possible:
+        raise HeadCountError(
+            f"num_key_value_heads={G}: cannot be had from the {K} KV heads of {checkpoint.name}; "
+            f"choose one of {', '.join(map(str, possible))}"
+        )
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    tensors = {tensor.name: tensor for tensor in registry.head_tensors(config, G, shapes, code)}
+    for name in tensors:
+        dtype = DTYPES[checkpoint.tensors[name].dtype]
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise UnsupportedFamilyError(
+                f"{checkpoint.name}: tensor {name} is stored as {DTYPE_NAMES[dtype]}, expected 16-bit or wider "
+                "floats; packed or quantised rows are not heads, take the unquantised original"
+            )
+    specs = [
+        TensorSpec(
+            name, entry.dtype, tensors[name].target_shape if name in tensors else entry.shape
+        )
+        for name, entry in checkpoint.tensors.items()
+    ]
+    return Plan(
+        checkpoint=checkpoint,
+        heads=heads,
+        num_key_value_heads=G,
+        head_tensors=tensors,
+        config=registry.with_key_value_heads(config, G, code) if G != K else dict(config),
+        specs=specs,
+        kv_cache_bytes_per_token=registry.kv_cache_bytes_per_token(config, code),
+    )
+
+
+def inspect(checkpoint: Checkpoint, code: Path | None = None) -> dict[str, Any]:
+    """Describe a checkpoint: family, heads, and the numbers of KV heads it can go to.
+
+    Raises:
+        UnsupportedFamilyError: If the family cannot be converted.
+        CheckpointError: If its config is not valid.
+    """
+    config = checkpoint.config
+    heads = registry.read_heads(config, code)
+    K = heads.num_key_value_heads
+    cached = registry.kv_cache_bytes_per_token(config, code)
+    return {
+        "model": checkpoint.name,
+        "model_type": config["model_type"],
+        "num_hidden_layers": getattr(
+            registry.parse_config(config, code), "num_hidden_layers", None
+        ),
+        "num_attention_heads": heads.num_attention_heads,
+        "num_key_value_heads": K,
+        "parameters": sum(
+            entry.nbytes // DTYPES[entry.dtype].itemsize for entry in checkpoint.tensors.values()
+        ),
+        "weight_bytes": checkpoint.nbytes,
+        "dtype": str(registry.checkpoint_dtype(config)).removeprefix("torch."),
+        "targets": [
+            {"num_key_value_heads": G, "kv_cache_bytes_per_token": cached * G // K}
+            for G in reversed(registry.possible_head_counts(config, code))
+        ],
+    }

@@ -1,0 +1,46 @@
+"""What a checkpoint costs and needs where it is served."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# From the runtimes' own model code; docs/families.md names the versions that were read.
+_VLLM_IGNORES_KEY = {"phi", "olmo"}
+_LLAMA_CPP_FIXED = {
+    "phi": "its converter writes as many KV heads as query heads",
+    "gpt_bigcode": "its converter knows one KV head only",
+}
+
+
+def runtimes(config: Mapping[str, Any], num_key_value_heads: int) -> list[dict[str, Any]]:
+    """Say which runtimes will accept a checkpoint with that many KV heads.
+
+    Args:
+        config: The content of `config.json`.
+        num_key_value_heads: Of the checkpoint to be served.
+
+    Returns:
+        For each runtime its name, whether it accepts the checkpoint, and a note.
+    """
+    model_type = config["model_type"]
+    is_mha = num_key_value_heads == config.get("num_attention_heads")
+    vllm = is_mha or model_type not in _VLLM_IGNORES_KEY
+    llama_cpp = is_mha or model_type not in _LLAMA_CPP_FIXED
+    if model_type == "gpt_bigcode":
+        llama_cpp = num_key_value_heads == 1
+    return [
+        {"runtime": "transformers", "accepts": True, "note": "stock class, no remote code"},
+        {
+            "runtime": "vLLM",
+            "accepts": vllm,
+            "note": "from its source, not run"
+            if vllm
+            else "its own class ignores the number of KV heads; use --model-impl transformers (not run)",
+        },
+        {
+            "runtime": "llama.cpp",
+            "accepts": llama_cpp,
+            "note": "if it knows the family; from its source, not run"
+            if llama_cpp
+            else _LLAMA_CPP_FIXED[model_type],
+        },
+    ]

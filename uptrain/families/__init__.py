@@ -1,0 +1,1 @@
+"""What each architecture's tensors mean, as data."""
