@@ -1,3 +1,5 @@
+"""`python cli.py …` from a checkout equals `uptrain …`."""
+
 from uptrain.cli import main
 
 main()

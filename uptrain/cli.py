@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from uptrain.errors import Interrupted, RecipeError, UptrainError
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes such as 5GB."""
 
     name = "size"
@@ -27,7 +28,8 @@ class Size(click.ParamType):
         text = value.strip().upper()
         for unit in sorted(_UNITS, key=len, reverse=True):
             number = text.removesuffix(unit).strip()
-            if text.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            is_number = re.fullmatch(r"[0-9]+([.][0-9]+)?", number)
+            if text.endswith(unit) and is_number and float(number) > 0:
                 return int(float(number) * _UNITS[unit])
         self.fail(f"{value!r} is no size; write for example 500MB or 5GB", param, ctx)
 
@@ -64,8 +66,10 @@ class Commands(click.Group):
 
 def _fail(ctx: click.Context, message: str, code: int) -> None:
     if ctx.params.get("debug"):
-        raise  # noqa: PLE0704 - called from an except block only
-    click.echo(f"uptrain: {message}", err=True)
+        raise
+    # Names in a checkpoint may hold anything, line ends and terminal codes too.
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in message)
+    click.echo(f"uptrain: {line}", err=True)
     ctx.exit(code)
 
 
@@ -98,11 +102,33 @@ trust_option = click.option(
 )
 @click.option(
     "--method",
-    type=click.Choice(["mean", "first", "random"]),
-    default="mean",
-    show_default=True,
-    help="How the heads of a group become one.",
+    type=click.Choice(["mean", "first", "random", "align", "factorize"]),
+    help="How the heads of a group become one.  [default: mean; with --calibration factorize]",
 )
+@click.option(
+    "--grouping",
+    type=click.Choice(["contiguous", "search"]),
+    help="Which heads become one.  [default: contiguous; with --calibration search]",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Text or jsonl: repair every layer on it, which loses far less.",
+)
+@click.option(
+    "--calibration-tokens", type=click.IntRange(min=1), default=262_144, show_default=True
+)
+@click.option("--no-refit", is_flag=True, help="Do not solve output projections anew.")
+@click.option(
+    "--reconstruct-steps",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Steps in which each layer is fitted; 0 for none.  [default: six passes over the tokens]",
+)
+@click.option(
+    "--activation-bytes", type=Size(), help="Most activations on the device, such as 8GB."
+)
+@click.option("--device", help="Where to calibrate: cpu, cuda, …  [default: a GPU if there is one]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at TARGET.")
@@ -113,7 +139,14 @@ def convert(
     source: str,
     target: Path,
     num_key_value_heads: int,
-    method: str,
+    method: str | None,
+    grouping: str | None,
+    calibration: Path | None,
+    calibration_tokens: int,
+    no_refit: bool,
+    reconstruct_steps: int | None,
+    activation_bytes: int | None,
+    device: str | None,
     seed: int,
     max_shard_size: int,
     overwrite: bool,
@@ -129,6 +162,13 @@ def convert(
         target,
         num_key_value_heads,
         method=method,
+        grouping=grouping,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        refit=not no_refit,
+        reconstruct_steps=reconstruct_steps,
+        activation_bytes=activation_bytes,
+        device=device,
         seed=seed,
         max_shard_bytes=max_shard_size,
         overwrite=overwrite,
@@ -143,7 +183,8 @@ def convert(
     rows = [
         (
             "KV heads",
-            f"{heads['source']} → {heads['target']}, {method} of groups of {result['group_size']}",
+            f"{heads['source']} → {heads['target']}, {result['method']}, groups of {result['group_size']} "
+            f"({result['grouping']})",
         ),
         (
             "KV cache",
@@ -151,7 +192,7 @@ def convert(
             f"({cache['source'] / cache['target']:.3g}× smaller)",
         ),
         ("weights", f"{_mib(weights['source'])} → {_mib(weights['target'])}"),
-        ("tensors", f"{tensors['merged']} merged, {tensors['copied']} copied byte for byte"),
+        ("tensors", f"{tensors['changed']} changed, {tensors['copied']} copied byte for byte"),
     ]
     if result["left_out"]:
         rows.append(("left out", ", ".join(result["left_out"]) + " (weights in another format)"))
@@ -167,6 +208,9 @@ def convert(
         title = f"{result['source']} → {target}"
         rows.append(("next", f"uptrain evaluate {target} --reference {source} --data TEXT"))
     _print_rows(title, rows)
+    if result.get("layers"):
+        click.echo()
+        _print_layers(result["layers"])
 
 
 @main.command()
@@ -400,6 +444,24 @@ def copy_recipe(name: str, path: Path | None, as_json: bool) -> None:
         _print_json({"path": str(written)})
     else:
         click.echo(f"{written}; change it, then: uptrain run {written}")
+
+
+def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
+    """Show what each layer lost and how much of it was repaired."""
+    steps = list(dict.fromkeys(step for layer in layers for step in layer["error"]))
+    heading = "  layer   V discarded   K discarded"
+    click.echo(
+        heading + "".join(f"{step:>12}" for step in steps) + ("   relative error" * bool(steps))
+    )
+    for layer in layers:
+        lost = layer["discarded_energy"]
+        if not lost:
+            click.echo(f"  {layer['layer']:>5}   no attention")
+            continue
+        row = f"  {layer['layer']:>5}   {lost['value']:>11.1%}   {lost['key']:>11.1%}"
+        click.echo(
+            row + "".join(f"{layer['error'].get(step, float('nan')):>12.4f}" for step in steps)
+        )
 
 
 def _training_rows(result: dict[str, Any]) -> list[tuple[str, str]]:

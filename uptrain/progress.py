@@ -13,7 +13,8 @@ _LINE_EVERY_SECONDS = 10.0
 class Advance(Protocol):
     """Report `amount` more units done; `text` is shown beside the bar until the next one."""
 
-    def __call__(self, amount: float, text: str = "") -> None: ...
+    def __call__(self, amount: float, text: str = "") -> None:
+        """Report progress."""
 
 
 @contextmanager
@@ -39,8 +40,14 @@ def progress(description: str, total: float, unit: str = "", start: float = 0) -
 @contextmanager
 def _live_bar(description: str, total: float, unit: str, start: float) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress
-    from rich.progress import TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     bar = Progress(
@@ -54,7 +61,7 @@ def _live_bar(description: str, total: float, unit: str, start: float) -> Iterat
         transient=True,
     )
     with bar:
-        task = bar.add_task(description, total=total, completed=start, text="")
+        task = bar.add_task(description, total=total, completed=int(start), text="")
 
         def advance(amount: float, text: str = "") -> None:
             if text:

@@ -20,12 +20,18 @@ def inherited_metadata(folder: Path) -> dict[str, Any]:
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        metadata = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        # Every scalar stays text: `no` is Norwegian here. Hostile nesting ends in RecursionError.
+        metadata = yaml.load(parts[1], yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
         return {}
     if not isinstance(metadata, dict):
         return {}
-    return {key: metadata[key] for key in _INHERITED if isinstance(metadata.get(key), str | list)}
+    return {key: metadata[key] for key in _INHERITED if _is_plain(metadata.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, str) for item in items)
 
 
 def model_card(record: dict[str, Any], evaluation: dict[str, Any] | None = None) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import struct
 from collections.abc import Iterator
@@ -41,14 +42,16 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 2**20  # larger buffers cost more in page faults than they save in calls
 _MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
+_MAX_DIMENSIONS = 64  # what torch can hold; the product of very many sizes would take hours
 _MAX_JSON_BYTES = 256 * 2**20
 # Files of a source that hold weights in some form and would be stale beside converted ones.
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx",
     ".npz", ".onnx_data",
 }  # fmt: skip
+_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # the one folder that transformers reads
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -87,29 +90,22 @@ class Checkpoint:
     _bin_path: Path | None = field(default=None, repr=False)
     _bin_tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
+    def companion_name(self, path: Path) -> str:
+        """Name a companion file relative to the folder, as `uptrain.json` does."""
+        return path.relative_to(self.folder).as_posix()
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the raw little-endian bytes of tensor `name`, at most 8 MiB at a time."""
+        """Yield the raw little-endian bytes of tensor `name`, at most 1 MiB at a time."""
         entry = self.tensors[name]
         if entry.path.suffix == ".bin":
             yield from tensor_chunks(self.read(name))
             return
-        with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            left = entry.nbytes
-            while left:
-                chunk = file.read(min(left, CHUNK_BYTES))
-                if not chunk:
-                    raise CheckpointError(
-                        f"{entry.path}: ended while tensor {name} was being read; "
-                        "the file changed or its disk failed, copy it again"
-                    )
-                left -= len(chunk)
-                yield memoryview(chunk)
+        yield from entry_chunks(entry)
 
     def read(self, name: str) -> torch.Tensor:
         """Read tensor `name` whole, in its own dtype and shape, on the CPU."""
@@ -129,11 +125,32 @@ class Checkpoint:
         return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
 
+def entry_chunks(entry: TensorEntry) -> Iterator[memoryview]:
+    """Yield the raw bytes of a tensor in a safetensors file, at most 1 MiB at a time.
+
+    Raises:
+        CheckpointError: If the file has become shorter since its header was read.
+    """
+    # Buffered: a raw read may give less than it was asked for.
+    with entry.path.open("rb") as file:
+        file.seek(entry.offset)
+        left = entry.nbytes
+        while left:
+            chunk = file.read(min(left, CHUNK_BYTES))
+            if not chunk:
+                raise CheckpointError(
+                    f"{entry.path}: ended while tensor {entry.name} was being read; "
+                    "the file changed or its disk failed, copy it again"
+                )
+            left -= len(chunk)
+            yield memoryview(chunk)
+
+
 def tensor_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yield the raw little-endian bytes of `tensor`, at most 8 MiB at a time."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    for start in range(0, len(flat), CHUNK_BYTES):
-        yield memoryview(flat[start : start + CHUNK_BYTES])
+    """Yield the raw little-endian bytes of `tensor`, at most 1 MiB at a time."""
+    data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]
 
 
 def resolve_source(source: str | os.PathLike[str]) -> tuple[Path, str, str | None]:
@@ -156,8 +173,11 @@ def resolve_source(source: str | os.PathLike[str]) -> tuple[Path, str, str | Non
             raise CheckpointError(
                 f"{source}: {found}; expected a checkpoint folder or a hub id like owner/name"
             )
-        revision = path.resolve().name if path.resolve().parent.name == "snapshots" else None
-        return path, path.resolve().name, revision
+        real = path.resolve()
+        repository = real.parent.parent.name
+        if real.parent.name == "snapshots" and repository.startswith("models--"):
+            return path, repository.removeprefix("models--").replace("--", "/"), real.name
+        return path, real.name, None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -207,7 +227,9 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     if not tensors:
         raise CheckpointError(f"{folder}: its weight files hold no tensor; fetch them again")
     companions, left_out = [], []
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob(_CHAT_TEMPLATES)]):
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path}: is a link to a file that does not exist; fetch it")
         if path.name.startswith(".") or not path.is_file() or path in weights:
             continue
         if path.name in (CONFIG, MODEL_CARD, RECORD) or path.name.endswith(".index.json"):
@@ -233,6 +255,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: has no config.json; expected a checkpoint folder as save_pretrained writes it"
         )
     _check_link(path, folder)
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: is an adapter (it has adapter_config.json); merge it into its base model first"
+        )
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
@@ -258,7 +284,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: is too large to be JSON; fetch the file again")
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        text = path.read_bytes().decode("utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_unique_keys)
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate could not be written
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -285,12 +313,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if (disguise := _disguise(start + file.read(64))) is not None:
-            raise CheckpointError(f"{path}: {disguise}")
-        if len(start) < 8:
-            raise CheckpointError(f"{path}: is truncated ({size} bytes); fetch the file again")
-        (length,) = struct.unpack("<Q", start)
+        (length,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
         if length > min(size - 8, _MAX_HEADER_BYTES):
+            # Asked only now: the length of a good header may well begin with the byte of a "<".
+            if (disguise := _disguise(start + file.read(64))) is not None:
+                raise CheckpointError(f"{path}: {disguise}")
+            if len(start) < 8:
+                raise CheckpointError(f"{path}: is truncated ({size} bytes); fetch the file again")
             raise CheckpointError(
                 f"{path}: is truncated or no safetensors file (a header of {length} bytes in a file "
                 f"of {size}); fetch the file again"
@@ -331,6 +360,8 @@ def _header_entry(path: Path, base: int, name: str, value: dict[str, Any]) -> Te
     dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in DTYPES:
         raise ValueError(f"tensor {name} has the unknown dtype {dtype!r}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name} has {len(shape)} dimensions")
     if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise ValueError(f"tensor {name} has a size that is not a natural number")
     entry = TensorEntry(name, dtype, tuple(shape), path, base + begin)
@@ -379,7 +410,8 @@ def _read_index(path: Path, folder: Path) -> dict[Path, set[str] | None]:
             )
         if not shard.endswith(suffix):
             raise CheckpointError(
-                f"{path}: puts tensor {tensor} in {shard}, expected a name that ends in {suffix}"
+                f"{path}: puts tensor {tensor} in {shard}, expected a name that ends in {suffix}; "
+                "fetch the file again"
             )
         names.setdefault(shard, set()).add(tensor)
     for shard in sorted(names):
@@ -429,6 +461,11 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the older, unzipped format cannot be memory-mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: cannot be loaded as plain tensors: it holds other Python objects, which might "
+            "execute code; take a safetensors version of the checkpoint"
+        ) from error
     except Exception as error:  # torch documents no closed set of errors for malformed files
         raise CheckpointError(
             f"{path}: cannot be loaded as plain tensors ({_one_line(error)}); "
@@ -444,9 +481,10 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
 def _read_bin_entries(path: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name, tensor in _load_bin(path).items():
-        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
+        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(
-                f"{path}: tensor {name} is a {tensor.dtype} {tensor.layout} tensor"
+                f"{path}: tensor {name} is a {tensor.dtype} {tensor.layout} tensor on {tensor.device}, which "
+                "safetensors cannot hold; take a safetensors version of the checkpoint"
             )
         entries[name] = TensorEntry(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path, 0)
     return entries

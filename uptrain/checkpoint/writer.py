@@ -8,15 +8,23 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.reader import DTYPES, SAFETENSORS, SAFETENSORS_INDEX, Checkpoint
+from uptrain.checkpoint.reader import (
+    CONFIG,
+    DTYPES,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    Checkpoint,
+    read_json,
+)
 from uptrain.errors import CheckpointError
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+_OPEN_FILES = 32  # shards that may wait to be synced, each with an open file
 _SYNC_BYTES = 256 * 2**20
 
 
@@ -49,12 +57,12 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     check_target(target, overwrite)
-    staging = target.with_name(f"{target.name}.uptrain-staging")
-    replaced = target.with_name(f"{target.name}.uptrain-replaced")
+    staging, replaced, _ = side_folders(target)
     try:
+        made = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir(exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY)
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise CheckpointError(
             f"{target}: cannot be created ({error.strerror}); choose another target"
@@ -84,9 +92,25 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             _remove(staging)
             if replaced.exists() and not target.exists():
                 replaced.rename(target)
+            with suppress(OSError):  # another run may be using them
+                for folder in made:
+                    folder.rmdir()
             raise
     finally:
         os.close(lock)
+
+
+def side_folders(target: Path) -> tuple[Path, Path, Path]:
+    """Name the folders beside `target` that are used while it is made, and removed thereafter.
+
+    Returns:
+        The staged target, the target that is being replaced, and the finished layers of a calibration.
+    """
+    staging, replaced, partial = (
+        target.with_name(f"{target.name}.uptrain-{part}")
+        for part in ("staging", "replaced", "partial")
+    )
+    return staging, replaced, partial
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -99,13 +123,19 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointError(f"{target}: exists already; choose another target or add --overwrite")
-    is_checkpoint = target.is_dir() and (
-        (target / "config.json").is_file() or not any(target.iterdir())
-    )
+    is_checkpoint = target.is_dir() and (_is_checkpoint(target) or not any(target.iterdir()))
     if target.is_symlink() or not is_checkpoint:
         raise CheckpointError(
             f"{target}: is no checkpoint folder, so --overwrite will not replace it; choose another target"
         )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    # Many programs keep a config.json; only a checkpoint's names a model type.
+    try:
+        return isinstance(read_json(folder / CONFIG).get("model_type"), str)
+    except CheckpointError:
+        return False
 
 
 def write_tensors(
@@ -137,16 +167,36 @@ def write_tensors(
         filled += spec.nbytes
     digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        # Wide dtypes first keeps every tensor aligned to its item size, as safetensors demands.
-        shard.sort(key=lambda spec: -DTYPES[spec.dtype].itemsize)
-        name = (
-            SAFETENSORS
-            if len(shards) == 1
-            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        )
-        digests[name] = _write_shard(folder / name, shard, data, progress)
-        weight_map.update({spec.name: name for spec in shard})
+    # Hashing and syncing release the interpreter lock: both run beside the reading and writing.
+    with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as syncer:
+        synced: list[Future[None]] = []
+        for number, shard in enumerate(shards, 1):
+            # Wide dtypes first keeps every tensor aligned to its item size, as safetensors demands.
+            shard.sort(key=lambda spec: -DTYPES[spec.dtype].itemsize)
+            single = len(shards) == 1
+            name = SAFETENSORS if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            digest = hashlib.sha256()
+            hashed: Future[None] | None = None
+            unsynced = 0
+            with (folder / name).open("xb", buffering=0) as file:
+                for chunk in _shard_bytes(shard, data, progress):
+                    if hashed is not None:
+                        hashed.result()
+                    hashed = hasher.submit(digest.update, chunk)
+                    _write_all(file.fileno(), chunk)
+                    unsynced += len(chunk)
+                    if unsynced >= _SYNC_BYTES and all(sync.done() for sync in synced):
+                        synced.append(syncer.submit(_sync_and_close, os.dup(file.fileno())))
+                        unsynced = 0
+                synced.append(syncer.submit(_sync_and_close, os.dup(file.fileno())))
+            if len(synced) > _OPEN_FILES:
+                synced.pop(0).result()
+            if hashed is not None:
+                hashed.result()
+            digests[name] = digest.hexdigest()
+            weight_map.update({spec.name: name for spec in shard})
+        for sync in synced:
+            sync.result()
     if len(shards) > 1:
         metadata = {"total_size": sum(spec.nbytes for spec in specs)}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
@@ -154,12 +204,12 @@ def write_tensors(
     return digests
 
 
-def _write_shard(
-    path: Path,
+def _shard_bytes(
     specs: Sequence[TensorSpec],
     data: Callable[[TensorSpec], Iterable[memoryview]],
     progress: Callable[[int], None],
-) -> str:
+) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file: the header's length, the header, the tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -167,44 +217,22 @@ def _write_shard(
         header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    # Hashing and syncing release the interpreter lock: both run beside the reading and writing.
-    with (
-        path.open("xb", buffering=0) as file,
-        ThreadPoolExecutor(1) as hasher,
-        ThreadPoolExecutor(1) as syncer,
-    ):
-        hashed: Future[None] | None = None
-        synced: Future[None] | None = None
-        unsynced = 0
+    yield struct.pack("<Q", len(text)) + text
+    for spec in specs:
+        written = 0
+        for chunk in data(spec):
+            yield chunk
+            written += len(chunk)
+            progress(len(chunk))
+        if written != spec.nbytes:
+            raise AssertionError(f"{spec.name}: {written} bytes given, {spec.nbytes} announced")
 
-        def write(chunk: bytes | memoryview) -> None:
-            nonlocal hashed, synced, unsynced
-            if hashed is not None:
-                hashed.result()
-            hashed = hasher.submit(digest.update, chunk)
-            _write_all(file.fileno(), chunk)
-            unsynced += len(chunk)
-            if unsynced >= _SYNC_BYTES and (synced is None or synced.done()):
-                if synced is not None:
-                    synced.result()
-                synced = syncer.submit(os.fdatasync, file.fileno())
-                unsynced = 0
 
-        write(struct.pack("<Q", len(text)) + text)
-        for spec in specs:
-            written = 0
-            for chunk in data(spec):
-                write(chunk)
-                written += len(chunk)
-                progress(len(chunk))
-            if written != spec.nbytes:
-                raise AssertionError(f"{spec.name}: {written} bytes given, {spec.nbytes} announced")
-        for pending in (hashed, synced):
-            if pending is not None:
-                pending.result()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+def _sync_and_close(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, content: Any) -> str:
@@ -231,10 +259,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
     """Copy a checkpoint's companion files byte for byte; return their SHA-256 by name."""
-    return {
-        path.name: write_bytes(folder / path.name, path.read_bytes())
-        for path in checkpoint.companions
-    }
+    digests = {}
+    for path in checkpoint.companions:
+        name = checkpoint.companion_name(path)
+        (folder / name).parent.mkdir(exist_ok=True)
+        digests[name] = write_bytes(folder / name, path.read_bytes())
+    return digests
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,6 +4,8 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +14,31 @@ import transformers
 
 import uptrain
 from uptrain.checkpoint.card import inherited_metadata, model_card
-from uptrain.checkpoint.reader import CONFIG, MODEL_CARD, RECORD, open_checkpoint, tensor_chunks
+from uptrain.checkpoint.reader import (
+    CONFIG,
+    MODEL_CARD,
+    RECORD,
+    entry_chunks,
+    open_checkpoint,
+    tensor_chunks,
+)
 from uptrain.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     TensorSpec,
     check_target,
     copy_companions,
+    side_folders,
     staged_folder,
     write_bytes,
     write_json,
     write_tensors,
 )
+from uptrain.conversion.calibrate import merge_layers
+from uptrain.conversion.finished import LayerReport, finished_tensors
+from uptrain.conversion.options import DEFAULT_TOKENS, Options, make_options
 from uptrain.conversion.plan import Plan, plan_conversion
-from uptrain.conversion.pooling import pool_heads, random_heads
+from uptrain.conversion.pooling import pool_tensor
 from uptrain.errors import CheckpointError
-from uptrain.families import registry
-from uptrain.families.layouts import join_heads, split_heads
-from uptrain.families.schema import Heads, HeadTensor
 from uptrain.progress import progress
 
 
@@ -37,7 +47,14 @@ def convert(
     target: str | os.PathLike[str],
     num_key_value_heads: int,
     *,
-    method: str = "mean",
+    method: str | None = None,
+    grouping: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_tokens: int = DEFAULT_TOKENS,
+    refit: bool = True,
+    reconstruct_steps: int | None = None,
+    activation_bytes: int | None = None,
+    device: str | None = None,
     seed: int = 0,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
@@ -46,100 +63,131 @@ def convert(
 ) -> dict[str, Any]:
     """Merge the key/value heads of a checkpoint and write the result as a checkpoint.
 
-    Tensors that carry no KV head are copied byte for byte, one at a time; of `config.json` only the
-    number of KV heads changes. The target appears whole or not at all.
+    With `mean`, `first` and `random`, tensors that carry no KV head are copied byte for byte, one at a
+    time. `align` and `factorize` also change what reads the heads, and a calibration repairs each layer
+    by text; both take one layer at a time into memory. Of `config.json` only the number of KV heads
+    changes. The target appears whole or not at all; an interrupted calibration goes on behind its last
+    finished layer when it is called again.
 
     Args:
         source: Checkpoint folder or hub id.
         target: Folder to create.
         num_key_value_heads: G of the target, a divisor of the source's; 1 makes multi-query attention.
-        method: `mean`, `first` or `random`.
-        seed: Seed of `random`.
+        method: `mean`, `first`, `random`, `align` or `factorize`; by default `factorize` with a
+            calibration, else `mean`.
+        grouping: `contiguous`, or `search` for groups of heads that lose least (`align` and
+            `factorize`); by default `search` with a calibration, else `contiguous`.
+        calibration: Text or jsonl file.
+        calibration_tokens: How much of it to use.
+        refit: Solve each output projection anew.
+        reconstruct_steps: Steps in which each layer's weights are fitted; 0 for none, by default
+            enough for six passes over the tokens.
+        activation_bytes: Most bytes of activations on the device.
+        device: Where to calibrate; by default a GPU if there is one.
+        seed: Of everything that is drawn.
         max_shard_bytes: Largest size of a weight file.
         overwrite: Replace an existing checkpoint at `target`.
         trust_remote_code: Let transformers execute Python code that lies in the source.
         dry_run: Check everything and write nothing.
 
     Returns:
-        What changes: heads, tensors, bytes. The full record is the target's `uptrain.json`.
+        What changes: heads, tensors, bytes, and a report for each layer that was merged by `align`,
+        `factorize` or with a calibration. The full record is the target's `uptrain.json`.
 
     Raises:
         CheckpointError: If the source cannot be read, the target cannot be written, or the disk is
             too small.
         HeadCountError: If the source cannot go to that number of KV heads.
-        UnsupportedFamilyError: If the family cannot be converted.
+        UnsupportedFamilyError: If the family cannot be converted in this way.
+        DataError: If the calibration text cannot be used.
 
-    Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.1.
+    Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.1, and docs/methods.md.
     """
     target = Path(target)
+    options = make_options(
+        method=method,
+        grouping=grouping,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        refit=refit,
+        reconstruct_steps=reconstruct_steps,
+        activation_bytes=activation_bytes,
+        device=device,
+        seed=seed,
+    )
     checkpoint = open_checkpoint(source)
     _check_apart(checkpoint.folder, target)
     check_target(target, overwrite)
     code = checkpoint.folder if trust_remote_code else None
     plan = plan_conversion(checkpoint, num_key_value_heads, code)
     _check_disk(plan, target)
-    result = {**plan.summary(), "target": str(target), "method": method, "seed": seed}
+    result = {**plan.summary(), "target": str(target), **options.describe()}
     if dry_run:
         return result
-    with (
-        staged_folder(target, overwrite) as folder,
-        progress("convert", plan.nbytes, "bytes") as advance,
-    ):
+    partial = side_folders(Path(os.path.abspath(target)))[2]
+    with staged_folder(target, overwrite) as folder:
+        layers: list[LayerReport] = []
+        if options.by_layer and plan.group_size > 1:
+            layers = merge_layers(plan, options, partial, code)
+        finished = finished_tensors(partial) if layers else {}
+        changed = finished.keys() | plan.head_tensors.keys()
+        with _one_thread(), progress("write", plan.nbytes, "bytes") as advance:
 
-        def data(spec: TensorSpec) -> Iterator[memoryview]:
-            tensor = plan.head_tensors.get(spec.name)
-            if tensor is None:
+            def data(spec: TensorSpec) -> Iterator[memoryview]:
+                if spec.name in finished:
+                    return entry_chunks(finished[spec.name])
+                if spec.name in plan.head_tensors:
+                    return tensor_chunks(pooled_tensor(plan, spec.name, options.method, seed))
                 return checkpoint.chunks(spec.name)
-            return tensor_chunks(merge_tensor(plan, tensor, method, seed))
 
-        files = write_tensors(folder, plan.specs, data, max_shard_bytes, advance)
+            files = write_tensors(folder, plan.specs, data, max_shard_bytes, advance)
         files[CONFIG] = write_json(folder / CONFIG, plan.config)
         files |= copy_companions(checkpoint, folder)
-        record = _record(plan, method, seed, files)
+        record = _record(plan, options, layers, sorted(changed), files)
         write_json(folder / RECORD, record)
         write_bytes(folder / MODEL_CARD, model_card(record).encode())
+    shutil.rmtree(partial, ignore_errors=True)
+    if layers:
+        result["tensors"] = {"changed": len(changed), "copied": len(plan.specs) - len(changed)}
+        result["layers"] = [asdict(layer) for layer in layers]
     return result
 
 
-def merge_tensor(plan: Plan, tensor: HeadTensor, method: str, seed: int) -> torch.Tensor:
-    """Compute one tensor of the target whose shape follows the number of KV heads.
-
-    Args:
-        plan: The conversion.
-        tensor: Which tensor of the source to merge.
-        method: `mean`, `first` or `random`.
-        seed: Seed of `random`.
-
-    Returns:
-        The tensor in its target shape and the source's dtype.
+def pooled_tensor(plan: Plan, name: str, method: str, seed: int) -> torch.Tensor:
+    """Pool one tensor of a planned conversion.
 
     Raises:
         CheckpointError: If it has NaN or infinite values.
     """
-    weight = plan.checkpoint.read(tensor.name)
-    query, key_value = split_heads(weight, tensor.layout, plan.heads)
-    std = float(plan.config.get("initializer_range") or 0.02)
-    merged = []
-    for part, heads in enumerate(key_value):
-        pooled = pool_heads(
-            heads, plan.num_key_value_heads, "first" if method == "first" else "mean"
-        )
-        # Norms over heads keep their mean: there is no sense in a random gain.
-        if method == "random" and plan.group_size > 1 and "norm" not in tensor.name.split(".")[-2]:
-            is_bias = tensor.name.endswith("bias")
-            pooled = random_heads(pooled, f"{tensor.name}:{part}", seed, 0.0 if is_bias else std)
-        merged.append(pooled)
-    result = join_heads(query, merged, tensor.layout)
-    if not torch.isfinite(result).all():
+    weight = plan.checkpoint.read(name)
+    if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
         raise CheckpointError(
-            f"{plan.checkpoint.tensors[tensor.name].path}: tensor {tensor.name} has NaN or infinite values; "
+            f"{plan.checkpoint.tensors[name].path}: tensor {name} has NaN or infinite values; "
             "the checkpoint is damaged, fetch it again"
         )
-    assert tuple(result.shape) == tensor.target_shape
-    return result
+    std = float(plan.config.get("initializer_range") or 0.02)
+    tensor, count = plan.head_tensors[name], plan.num_key_value_heads
+    return pool_tensor(weight, tensor, plan.heads, count, method, seed=seed, std=std)
 
 
-def _record(plan: Plan, method: str, seed: int, files: dict[str, str]) -> dict[str, Any]:
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pool with one thread: a second one only gets in the way of hashing and writing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _record(
+    plan: Plan,
+    options: Options,
+    layers: list[LayerReport],
+    changed: list[str],
+    files: dict[str, str],
+) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     return {
         "uptrain_version": uptrain.__version__,
@@ -155,10 +203,9 @@ def _record(plan: Plan, method: str, seed: int, files: dict[str, str]) -> dict[s
             "source": plan.heads.num_key_value_heads,
             "target": plan.num_key_value_heads,
         },
-        "method": method,
-        "grouping": "contiguous",
-        "seed": seed,
-        "calibration": None,
+        **options.describe(),
+        "layers": [asdict(layer) for layer in layers],
+        "changed": changed,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -172,6 +219,10 @@ def _check_apart(source: Path, target: Path) -> None:
     a, b = source.resolve(), target.resolve()
     if a == b:
         raise CheckpointError(f"{target}: is the source itself; choose another target")
+    if any(a.is_relative_to(side) for side in side_folders(b)):
+        raise CheckpointError(
+            f"{target}: the source lies where it would be staged; choose another target"
+        )
     if a.is_relative_to(b) or b.is_relative_to(a):
         raise CheckpointError(
             f"{target}: source and target lie inside one another; choose a target beside the source"
@@ -183,7 +234,9 @@ def _check_disk(plan: Plan, target: Path) -> None:
     while not parent.exists():
         parent = parent.parent
     needed = plan.nbytes + sum(path.stat().st_size for path in plan.checkpoint.companions)
-    free = shutil.disk_usage(parent).free
+    # What a killed run left there is removed before anything is written.
+    left = list(side_folders(Path(os.path.abspath(target)))[0].rglob("*"))
+    free = shutil.disk_usage(parent).free + sum(path.lstat().st_size for path in left)
     if free < needed:
         raise CheckpointError(
             f"{target}: needs {needed / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} GiB free; "

@@ -1,12 +1,14 @@
 """What a conversion will do: heads, bytes, tensors. Nothing is written or read but headers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from uptrain.checkpoint.reader import DTYPE_NAMES, DTYPES, Checkpoint
 from uptrain.checkpoint.writer import TensorSpec
-from uptrain.errors import HeadCountError, UnsupportedFamilyError
+from uptrain.errors import CheckpointError, HeadCountError, UnsupportedFamilyError
 from uptrain.families import registry
 from uptrain.families.schema import Heads, HeadTensor
 
@@ -56,7 +58,7 @@ class Plan:
             "num_key_value_heads": {"source": K, "target": G},
             "group_size": self.group_size,
             "tensors": {
-                "merged": len(self.head_tensors),
+                "changed": len(self.head_tensors),
                 "copied": len(self.specs) - len(self.head_tensors),
             },
             "weight_bytes": {"source": self.checkpoint.nbytes, "target": self.nbytes},
@@ -67,6 +69,15 @@ class Plan:
             "working_memory_bytes": self.working_bytes,
             "left_out": [path.name for path in self.checkpoint.left_out],
         }
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Put the folder before what the registry says, which sees configs and shapes only."""
+    try:
+        yield
+    except (CheckpointError, UnsupportedFamilyError) as error:
+        raise type(error)(f"{folder}: {error}") from error
 
 
 def plan_conversion(
@@ -85,23 +96,25 @@ def plan_conversion(
         CheckpointError: If config and weights contradict each other.
     """
     config, G = checkpoint.config, num_key_value_heads
-    heads = registry.read_heads(config, code)
-    K = heads.num_key_value_heads
-    possible = registry.possible_head_counts(config, code)
-    if G not in possible:
-        raise HeadCountError(
-            f"num_key_value_heads={G}: cannot be had from the {K} KV heads of {checkpoint.name}; "
-            f"choose one of {', '.join(map(str, possible))}"
-        )
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    tensors = {tensor.name: tensor for tensor in registry.head_tensors(config, G, shapes, code)}
-    for name in tensors:
-        dtype = DTYPES[checkpoint.tensors[name].dtype]
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise UnsupportedFamilyError(
-                f"{checkpoint.name}: tensor {name} is stored as {DTYPE_NAMES[dtype]}, expected 16-bit or wider "
-                "floats; packed or quantised rows are not heads, take the unquantised original"
+    with _naming(checkpoint.folder):
+        heads = registry.read_heads(config, code)
+        shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+        registry.check_shapes(config, shapes, code)
+        K = heads.num_key_value_heads
+        if not registry.can_have_heads(config, G, code):
+            possible = registry.possible_head_counts(config, code)
+            raise HeadCountError(
+                f"num_key_value_heads={G}: cannot be had from the {K} KV heads of {checkpoint.name}; "
+                f"choose one of {', '.join(map(str, possible))}"
             )
+        tensors = {tensor.name: tensor for tensor in registry.head_tensors(config, G, shapes, code)}
+        for name in tensors:
+            dtype = DTYPES[checkpoint.tensors[name].dtype]
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                raise UnsupportedFamilyError(
+                    f"tensor {name} is stored as {DTYPE_NAMES[dtype]}, expected 16-bit or wider "
+                    "floats; packed or quantised rows are not heads, take the unquantised original"
+                )
     specs = [
         TensorSpec(
             name, entry.dtype, tensors[name].target_shape if name in tensors else entry.shape
@@ -127,9 +140,14 @@ def inspect(checkpoint: Checkpoint, code: Path | None = None) -> dict[str, Any]:
         CheckpointError: If its config is not valid.
     """
     config = checkpoint.config
-    heads = registry.read_heads(config, code)
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    with _naming(checkpoint.folder):
+        heads = registry.read_heads(config, code)
+        registry.check_shapes(config, shapes, code)
+        possible = registry.possible_head_counts(config, code)
+        registry.head_tensors(config, possible[0], shapes, code)
+        cached = registry.kv_cache_bytes_per_token(config, code)
     K = heads.num_key_value_heads
-    cached = registry.kv_cache_bytes_per_token(config, code)
     return {
         "model": checkpoint.name,
         "model_type": config["model_type"],
@@ -145,6 +163,6 @@ def inspect(checkpoint: Checkpoint, code: Path | None = None) -> dict[str, Any]:
         "dtype": str(registry.checkpoint_dtype(config)).removeprefix("torch."),
         "targets": [
             {"num_key_value_heads": G, "kv_cache_bytes_per_token": cached * G // K}
-            for G in reversed(registry.possible_head_counts(config, code))
+            for G in reversed(possible)
         ],
     }

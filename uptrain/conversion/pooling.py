@@ -4,7 +4,49 @@ import hashlib
 
 import torch
 
-METHODS = ("mean", "first", "random")
+from uptrain.families.layouts import join_heads, split_heads
+from uptrain.families.schema import Heads, HeadTensor
+
+POOLS = ("mean", "first", "random")
+
+
+def pool_tensor(
+    weight: torch.Tensor,
+    tensor: HeadTensor,
+    heads: Heads,
+    num_key_value_heads: int,
+    method: str,
+    *,
+    seed: int = 0,
+    std: float = 0.02,
+) -> torch.Tensor:
+    """Merge neighbouring KV heads in one tensor of a checkpoint.
+
+    Args:
+        weight: The tensor, in its source shape.
+        tensor: Its layout and shapes.
+        heads: The source's head counts.
+        num_key_value_heads: G of the target.
+        method: One of `POOLS`.
+        seed: Seed of `random`.
+        std: Standard deviation of `random`.
+
+    Returns:
+        The tensor in its target shape, in the dtype of `weight`.
+    """
+    query, key_value = split_heads(weight, tensor.layout, heads)
+    merged = []
+    for part, source in enumerate(key_value):
+        pooled = pool_heads(source, num_key_value_heads, "first" if method == "first" else "mean")
+        # Norms over heads keep their mean: there is no sense in a random gain.
+        is_norm = "norm" in tensor.name.split(".")[-2]
+        if method == "random" and len(pooled) < len(source) and not is_norm:
+            scale = 0.0 if tensor.name.endswith("bias") else std
+            pooled = random_heads(pooled, f"{tensor.name}:{part}", seed, scale)
+        merged.append(pooled)
+    result = join_heads(query, merged, tensor.layout)
+    assert tuple(result.shape) == tensor.target_shape
+    return result
 
 
 def pool_heads(heads: torch.Tensor, num_key_value_heads: int, method: str) -> torch.Tensor:
@@ -21,7 +63,7 @@ def pool_heads(heads: torch.Tensor, num_key_value_heads: int, method: str) -> to
 
     Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.1 and figure 4.
     """
-    grouped = heads.unflatten(0, (num_key_value_heads, -1))
+    grouped: torch.Tensor = heads.unflatten(0, (num_key_value_heads, -1))
     if method == "first" or grouped.shape[1] == 1:
         return grouped[:, 0].contiguous()
     working = torch.float64 if heads.dtype.itemsize >= 4 else torch.float32

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -17,11 +18,15 @@ from uptrain.checkpoint.reader import (
     read_json,
     tensor_chunks,
 )
-from uptrain.conversion.convert import merge_tensor
-from uptrain.conversion.plan import plan_conversion
-from uptrain.errors import CheckpointError
+from uptrain.conversion.convert import pooled_tensor
+from uptrain.conversion.options import METHODS
+from uptrain.conversion.plan import Plan, plan_conversion
+from uptrain.conversion.pooling import POOLS
+from uptrain.errors import CheckpointError, UnsupportedFamilyError
 from uptrain.families import registry
 from uptrain.progress import progress
+
+_DAMAGED = "is damaged, or was written by another version of uptrain; convert the source again"
 
 
 def verify(
@@ -52,24 +57,33 @@ def verify(
         raise CheckpointError(
             f"{folder}: has no {RECORD}; expected a checkpoint that uptrain converted or trained"
         )
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(target)
+    folder = checkpoint.folder
     record = read_json(folder / RECORD)
     code = folder if trust_remote_code else None
     try:
         hashes: dict[str, str] = record["files"]
         heads = record["num_key_value_heads"]["target"]
-        method, seed = record["method"], record["seed"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / RECORD}: lacks {error}; it was damaged or written by another version"
-        ) from error
+        raise CheckpointError(f"{folder / RECORD}: {_DAMAGED}") from error
+    if not (
+        isinstance(hashes, dict)
+        and type(heads) is int
+        and heads > 0
+        and record.get("method") in (*METHODS, "none")
+        and type(record.get("seed")) is int
+        and isinstance(record.get("layers"), list)
+        and isinstance(record.get("changed"), list)
+    ):
+        raise CheckpointError(f"{folder / RECORD}: {_DAMAGED}")
 
     _check_files(folder, hashes, checks, problems)
     _check_shapes(checkpoint, heads, code, checks, problems)
     if source is not None:
         original = open_checkpoint(source)
-        is_uptrained = "uptraining" in record
-        _compare(original, checkpoint, heads, method, seed, is_uptrained, code, checks, problems)
+        plan = plan_conversion(original, heads, original.folder if code else None)
+        _compare_files(plan, checkpoint, checks, problems)
+        _compare_tensors(plan, checkpoint, record, checks, problems)
     return {"target": str(target), "checks": checks, "problems": problems}
 
 
@@ -77,11 +91,16 @@ def _check_files(
     folder: Path, hashes: dict[str, str], checks: list[str], problems: list[str]
 ) -> None:
     before = len(problems)
-    present = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    problems += [f"{name} is missing" for name in sorted(hashes.keys() - present)]
+    present = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if not path.name.startswith(".") and (path.is_file() or path.name in hashes)
+    }
+    files = {name for name in present if (folder / name).is_file()}
+    problems += [f"{name} is missing" for name in sorted(hashes.keys() - files)]
     extra = present - hashes.keys() - {RECORD, MODEL_CARD}
     problems += [f"{name} is not in the record" for name in sorted(extra)]
-    there = sorted(hashes.keys() & present)
+    there = sorted(hashes.keys() & files)
     with progress(
         "hash", sum((folder / name).stat().st_size for name in there), "bytes"
     ) as advance:
@@ -100,12 +119,21 @@ def _check_files(
 def _check_shapes(
     checkpoint: Checkpoint, heads: int, code: Path | None, checks: list[str], problems: list[str]
 ) -> None:
-    found = registry.read_heads(checkpoint.config, code).num_key_value_heads
+    try:
+        found = registry.read_heads(checkpoint.config, code).num_key_value_heads
+        expected = registry.tensor_shapes(checkpoint.config, code)
+    except (CheckpointError, UnsupportedFamilyError) as error:
+        problems.append(str(error))
+        return
     if found != heads:
         problems.append(f"{CONFIG} says {found} KV heads, the record {heads}")
     before = len(problems)
-    expected = registry.tensor_shapes(checkpoint.config, code)
     known = [name for name in checkpoint.tensors if name in expected]
+    # A tied tensor may be absent, but not one that other layers have.
+    kinds = {re.sub(r"\d+", "0", name) for name in known}
+    for name in expected.keys() - checkpoint.tensors.keys():
+        if re.sub(r"\d+", "0", name) in kinds:
+            problems.append(f"{name} is missing, {CONFIG} asks for it")
     for name in known:
         shape = checkpoint.tensors[name].shape
         if shape != expected[name]:
@@ -114,32 +142,31 @@ def _check_shapes(
         checks.append(f"{len(known)} tensors have the shapes that transformers expects")
 
 
-def _compare(
-    source: Checkpoint,
-    target: Checkpoint,
-    heads: int,
-    method: str,
-    seed: int,
-    is_uptrained: bool,
-    code: Path | None,
-    checks: list[str],
-    problems: list[str],
-) -> None:
-    plan = plan_conversion(source, heads, source.folder if code else None)
+def _compare_files(plan: Plan, target: Checkpoint, checks: list[str], problems: list[str]) -> None:
     if json.dumps(plan.config) != json.dumps(target.config):
         problems.append(f"{CONFIG} differs from the source's in more than the number of KV heads")
     else:
         checks.append(f"{CONFIG} differs from the source's only in the number of KV heads")
-    companions = {path.name: path for path in source.companions}
     before = len(problems)
-    for path in target.companions:
-        if path.name in companions and path.read_bytes() != companions.pop(path.name).read_bytes():
-            problems.append(f"{path.name} differs from the source's")
-    problems += [f"{name} of the source is missing" for name in companions]
+    found = {target.companion_name(path): path for path in target.companions}
+    for path in plan.checkpoint.companions:
+        name = plan.checkpoint.companion_name(path)
+        if name not in found:
+            problems.append(f"{name} of the source is missing")
+        elif found[name].read_bytes() != path.read_bytes():
+            problems.append(f"{name} differs from the source's")
     if len(problems) == before:
-        checks.append(f"{len(target.companions)} companion files equal the source's")
+        checks.append(f"{len(plan.checkpoint.companions)} companion files equal the source's")
 
-    before = len(problems)
+
+def _compare_tensors(
+    plan: Plan,
+    target: Checkpoint,
+    record: dict[str, Any],
+    checks: list[str],
+    problems: list[str],
+) -> None:
+    source, before = plan.checkpoint, len(problems)
     wanted = {spec.name: (spec.dtype, spec.shape) for spec in plan.specs}
     found = {entry.name: (entry.dtype, entry.shape) for entry in target.tensors.values()}
     for name in sorted(wanted.keys() ^ found.keys()):
@@ -152,27 +179,35 @@ def _compare(
     ]
     if len(problems) > before:
         return
-    if is_uptrained:
+    if "uptraining" in record:
         checks.append(
             f"{len(common)} tensors have the source's names and dtypes (values were trained)"
         )
         return
+    pooled = {
+        name for name in plan.head_tensors if record["method"] in POOLS and not record["layers"]
+    }
+    changed = set(record["changed"]) - pooled
     with progress("compare", plan.nbytes, "bytes") as advance:
         for name in common:
-            tensor = plan.head_tensors.get(name)
-            right = (
-                source.chunks(name)
-                if tensor is None
-                else tensor_chunks(merge_tensor(plan, tensor, method, seed))
-            )
-            if not _equal(target.chunks(name), right):
-                problems.append(f"{name} is not what {method} makes of the source")
             advance(target.tensors[name].nbytes)
+            if name in changed:
+                continue
+            right = source.chunks(name)
+            if name in pooled:
+                weight = pooled_tensor(plan, name, record["method"], record["seed"])
+                right = tensor_chunks(weight)
+            if not _equal(target.chunks(name), right):
+                problems.append(f"{name} is not what {record['method']} makes of the source")
     if len(problems) == before:
-        checks.append(
-            f"{len(common) - len(plan.head_tensors)} tensors equal the source's byte for byte, "
-            f"{len(plan.head_tensors)} equal its merged heads"
-        )
+        same = len(common) - len(pooled) - len(changed)
+        checks.append(f"{same} tensors equal the source's byte for byte")
+        if pooled:
+            checks.append(f"{len(pooled)} tensors equal the source's merged heads")
+        if changed:
+            checks.append(
+                f"{len(changed)} tensors were fitted to text or to each other and have the right shape"
+            )
 
 
 def _equal(left: Iterator[memoryview], right: Iterator[memoryview]) -> bool:

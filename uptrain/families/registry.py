@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +57,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_KERNELS = {"attn_implementation", "_attn_implementation", "_attn_implementation_internal"}
+
 # Other keys that some runtimes read instead; where a config has them they must say the same.
 _KV_KEY_ALIASES = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
 
@@ -74,9 +76,15 @@ def parse_config(
         UnsupportedFamilyError: If transformers does not know the `model_type`.
         CheckpointError: If transformers does not accept a value.
     """
+    return _parse_config(json.dumps(config), code)
+
+
+@lru_cache(maxsize=64)
+def _parse_config(config_json: str, code: Path | None) -> transformers.PretrainedConfig:
+    config = json.loads(config_json)
     model_type = config["model_type"]
     try:
-        with _quiet():
+        with quiet():
             if code is not None and "auto_map" in config:
                 cls = type(AutoConfig.from_pretrained(code, trust_remote_code=True))
             elif model_type in CONFIG_MAPPING:
@@ -91,8 +99,11 @@ def parse_config(
                     f"{model_type}: is not a model type of transformers {transformers.__version__}; {hint}"
                 )
             # transformers 5 writes infinities as {"__float__": "Infinity"}.
-            decode = getattr(cls, "_decode_special_floats", copy.deepcopy)
-            parsed = cls.from_dict(decode(copy.deepcopy(dict(config))))
+            decode = getattr(cls, "_decode_special_floats", dict)
+            # Of no consequence for shapes, and a way to have code fetched from the hub.
+            for key in _KERNELS & config.keys():
+                del config[key]
+            parsed = cls.from_dict(decode(config))
             if code is not None:
                 parsed._name_or_path = str(code)
             return parsed
@@ -152,6 +163,7 @@ def read_heads(config: Mapping[str, Any], code: Path | None = None) -> Heads:
                 "take config.json from the original checkpoint"
             )
     assert isinstance(num_attention_heads, int)
+    assert isinstance(count, int)
     for key in family.other_kv_keys:
         if _lookup(parsed, key) != count:
             raise UnsupportedFamilyError(
@@ -171,12 +183,18 @@ def possible_head_counts(config: Mapping[str, Any], code: Path | None = None) ->
 
     Counts that transformers refuses for the family (an odd one for diffllama, say) are left out.
     """
-    heads, family = read_heads(config, code), family_of(config, code)
-    K = heads.num_key_value_heads
-    divisors = [n for n in range(1, K + 1) if K % n == 0]
-    if family.kv_key_is_flag:
-        divisors = [n for n in divisors if n in (1, K)]
-    return [n for n in divisors if n == K or _builds(with_key_value_heads(config, n, code), code)]
+    K = read_heads(config, code).num_key_value_heads
+    return [n for n in range(1, K + 1) if can_have_heads(config, n, code)]
+
+
+def can_have_heads(config: Mapping[str, Any], count: int, code: Path | None = None) -> bool:
+    """Say whether a checkpoint can be converted to `count` KV heads."""
+    K = read_heads(config, code).num_key_value_heads
+    if not 0 < count <= K or K % count:
+        return False
+    if family_of(config, code).kv_key_is_flag and count not in (1, K):
+        return False
+    return count == K or _builds(with_key_value_heads(config, count, code), code)
 
 
 def with_key_value_heads(
@@ -254,6 +272,36 @@ def head_tensors(
     return sorted(tensors, key=lambda tensor: order[tensor.name])
 
 
+def check_shapes(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], code: Path | None = None
+) -> None:
+    """Refuse tensors that contradict the config, before a model of its size is built.
+
+    Raises:
+        CheckpointError: If there are fewer tensors than layers, a tensor has another shape than the
+            config asks for, or layers that the config does not know have KV heads.
+    """
+    layers = getattr(parse_config(config, code), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(shapes):
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {layers}, the checkpoint has {len(shapes)} tensors; "
+            "config and weights do not belong together, fetch both again"
+        )
+    expected = tensor_shapes(config, code)
+    patterns = {re.sub(r"\d+", "0", name) for name in expected}
+    for name, shape in shapes.items():
+        if name in expected and shape != expected[name]:
+            raise CheckpointError(
+                f"tensor {name} has shape {_shape(shape)}, config.json asks for {_shape(expected[name])}; "
+                "config and weights do not belong together, fetch both again"
+            )
+        if name not in expected and re.sub(r"\d+", "0", name) in patterns:
+            raise CheckpointError(
+                f"tensor {name} belongs to a layer that config.json does not have; "
+                "config and weights do not belong together, fetch both again"
+            )
+
+
 def kv_cache_bytes_per_token(config: Mapping[str, Any], code: Path | None = None) -> int:
     """Count the bytes that one token takes in the KV cache, in the checkpoint's own dtype.
 
@@ -268,6 +316,8 @@ def kv_cache_bytes_per_token(config: Mapping[str, Any], code: Path | None = None
     except UnsupportedFamilyError:
         parsed = parse_config(config, code)
         text = parsed.get_text_config(decoder=True)
+        if not getattr(text, "num_attention_heads", None):
+            return 0  # no attention, as in a state-space model
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         count = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         rows = 2 * text.num_hidden_layers * count * size
@@ -305,22 +355,101 @@ def tensor_shapes(
 
 @lru_cache(maxsize=16)
 def _tensor_shapes(config_json: str, code: Path | None) -> Mapping[str, tuple[int, ...]]:
-    config = json.loads(config_json)
-    parsed = parse_config(config, code)
+    model = build_on_meta(json.loads(config_json), code)
+    return {name: tuple(tensor.shape) for name, tensor in _names_as_saved(model).items()}
+
+
+def build_on_meta(config: Mapping[str, Any], code: Path | None = None) -> Any:
+    """Build the transformers model of a config on the meta device: no memory, no weights.
+
+    Raises:
+        CheckpointError: If transformers cannot build a model from the config.
+    """
+    parsed = copy.deepcopy(parse_config(config, code))  # model classes write into it
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             cls = model_class(config)
             if cls is AutoModelForCausalLM:
-                model = cls.from_config(parsed, trust_remote_code=code is not None)
-            else:
-                model = cls._from_config(parsed)
+                return cls.from_config(parsed, trust_remote_code=code is not None)
+            return cls._from_config(parsed)
     except Exception as error:  # model classes fail in their own ways
         raise CheckpointError(
             f"config.json: transformers {transformers.__version__} cannot build {config['model_type']} "
             f"from it ({_one_line(error)}); check its values"
         ) from error
-    state = _names_as_saved(model)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def names_in_memory(model: Any, disk_names: Iterable[str]) -> dict[str, str]:
+    """Map the names of a checkpoint's files to a model's own.
+
+    Several tensors of the files can lead to one in memory (experts that transformers stacks): those
+    share a name here. Names that the model does not know are left out.
+    """
+    expected = model.state_dict()
+    rename, _ = _renaming(model, expected)
+    found = {}
+    for disk in disk_names:
+        name = disk if disk in expected else rename(disk)[0]
+        if name in expected:
+            found[disk] = name
+    return found
+
+
+def load_into_memory(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Bring tensors of a checkpoint's files into the form that a model has in memory.
+
+    Args:
+        model: As `build_on_meta` gives it.
+        tensors: By name in the files; complete for every tensor in memory that they lead to.
+
+    Returns:
+        The tensors by name in memory.
+    """
+    expected = model.state_dict()
+    rename, converters = _renaming(model, expected)
+    loaded: dict[str, torch.Tensor] = {}
+    pending: dict[str, Any] = {}
+    for disk in sorted(tensors, key=_natural):
+        name, pattern = (disk, None) if disk in expected else rename(disk)
+        if pattern is None:
+            loaded[name] = tensors[disk]
+            continue
+        pending.setdefault(name, copy.deepcopy(converters[pattern]))
+        pending[name].add_tensor(name, disk, pattern, tensors[disk])
+    for name, converter in pending.items():
+        made = converter.convert(name, model=model, config=model.config)
+        loaded |= {
+            key: value[0] if isinstance(value, list) else value for key, value in made.items()
+        }
+    return {name: tensor for name, tensor in loaded.items() if name in expected}
+
+
+def _renaming(
+    model: Any, expected: Mapping[str, Any]
+) -> tuple[Callable[[str], tuple[str, str | None]], dict[str, Any]]:
+    """Get transformers' own renaming of a file's names, and its converters by pattern."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # transformers 4 keeps the names of the file
+        return lambda name: (name, None), {}
+    transforms = get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    prefix = getattr(model, "base_model_prefix", "")
+
+    def rename(name: str) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = rename_source_key(
+            name, renamings, converters, prefix, expected
+        )
+        return renamed
+
+    return rename, {pattern: c for c in converters for pattern in c.source_patterns}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order `experts.10` behind `experts.9`, as stacking them needs."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _names_as_saved(model: Any) -> dict[str, torch.Tensor]:
@@ -440,7 +569,7 @@ def _part_with_heads(config: Any) -> str | None:
 
 
 @contextmanager
-def _quiet() -> Any:
+def quiet() -> Iterator[None]:
     """Keep transformers' remarks on configs away: what matters of them is raised here."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -1,0 +1,99 @@
+"""The tree is the pipeline: a module imports only from those above its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "uptrain"
+
+# In the order of README's tree. `cli`, `__init__` and `__main__` of the package stand apart.
+ORDER = [
+    "errors", "progress",
+    "checkpoint.reader", "checkpoint.card", "checkpoint.writer",
+    "families.schema", "families.layouts", "families.registry",
+    "loading", "data", "training.batches",
+    "conversion.plan", "conversion.pooling", "conversion.options", "conversion.finished",
+    "conversion.grouping", "conversion.rotary", "conversion.energy", "conversion.align",
+    "conversion.factorize", "conversion.attention", "conversion.freedom", "conversion.merge",
+    "conversion.sample", "conversion.stream", "conversion.refit", "conversion.fit",
+    "conversion.residual", "conversion.repair",
+    "conversion.calibrate", "conversion.convert", "conversion.verify",
+    "evaluation.scoring", "evaluation.quality", "evaluation.serving",
+    "training.strict_yaml", "training.shipped", "training.options", "training.recipe",
+    "training.log", "training.guard", "training.loss", "training.optimizer", "training.export",
+    "training.state", "training.setup", "training.loop",
+    "report.runs", "report.plots", "report.text", "report",
+    "run",
+]  # fmt: skip
+
+ABOUT_300 = 330
+# Longer ones, each with its reason.
+LONG = {
+    "cli": "the options and the printed rows of nine commands, no logic",
+    "checkpoint.reader": "every refusal of a hostile folder in one place",
+    "families.registry": "one question, answered by one chain of small functions",
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def is_empty(path: Path) -> bool:
+    body = ast.parse(path.read_text("utf-8")).body
+    return not body[1:] and (not body or isinstance(body[0], ast.Expr))
+
+
+MODULES = {
+    name_of(path): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if not (path.name == "__init__.py" and is_empty(path))
+}
+APART = {"", "cli", "__main__"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, at its top or within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports relatively"
+            base = node.module or ""
+            full = {f"{base}.{alias.name}" for alias in node.names}
+            modules = {name for name in full if name.removeprefix("uptrain.") in MODULES}
+            found |= modules or {base}
+    return {name.removeprefix("uptrain.") for name in found if name.startswith("uptrain.")}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - APART))
+def test_a_module_imports_only_from_above(module: str) -> None:
+    assert module in ORDER, f"{module} has no place in README's tree and in ORDER"
+    above = ORDER[: ORDER.index(module)]
+    below = imports_of(MODULES[module]) - set(above)
+    assert not below, f"{module} imports {', '.join(sorted(below))}, which is not above it"
+
+
+def test_only_the_command_line_knows_click() -> None:
+    for module, path in MODULES.items():
+        imported = {
+            alias.name
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert "click" not in imported or module == "cli"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_is_long_without_a_reason(module: str) -> None:
+    lines = MODULES[module].read_text("utf-8").count("\n")
+    assert lines <= ABOUT_300 or module in LONG, f"{module} has {lines} lines"
+
+
+def test_every_reason_is_still_needed() -> None:
+    for module in LONG:
+        assert MODULES[module].read_text("utf-8").count("\n") > ABOUT_300

@@ -1,0 +1,243 @@
+"""Reports: what is read, what is said, what is drawn, and what a missing part leaves."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uptrain.errors import CheckpointError, UptrainError
+from uptrain.report import plots, report, summary_table
+
+ORIGINAL_LOSS = 3.351
+
+
+def evaluation(name: str, loss: float, heads: int, reference: bool = True) -> dict[str, Any]:
+    result = {
+        "model": name,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / 2,
+        "tokens": 65536,
+        "parameters": 1000000 + heads,
+        "num_key_value_heads": heads,
+        "kv_cache_bytes_per_token": 128 * heads,
+        "data": "validation.jsonl",
+        "sequence_length": 256,
+    }
+    if reference:
+        result |= {
+            "reference": "books",
+            "reference_loss": ORIGINAL_LOSS,
+            "reference_parameters": 1000008,
+            "reference_num_key_value_heads": 8,
+            "reference_kv_cache_bytes_per_token": 1024,
+            "loss_increase": loss - ORIGINAL_LOSS,
+            "kl": 0.5,
+            "top1_agreement": 0.75,
+        }
+    return result
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def make_run(
+    folder: Path, converted: float = 5.5, final: float = 3.9, heads: int = 2, **training: Any
+) -> Path:
+    write(folder / "report" / "original.json", evaluation("books", ORIGINAL_LOSS, 8, False))
+    write(folder / "report" / "converted.json", evaluation("converted", converted, heads))
+    write(folder / "report" / "final.json", evaluation("final", final, heads))
+    record = {
+        "source": {"name": "books"},
+        "num_key_value_heads": {"source": 8, "target": heads},
+        "method": "mean",
+        "seed": 0,
+        "versions": {"torch": "2.13.0"},
+    }
+    write(folder / "converted" / "uptrain.json", record)
+    write(folder / "final" / "uptrain.json", record | {"uptraining": {"alpha": 0.005, **training}})
+    rows = []
+    for step in range(1, 41):
+        loss = final + (converted - final) * math.exp(-step / 8)
+        rows.append({"step": step, "tokens": step * 16384, "loss": loss, "seconds": step * 2.0})
+        if step % 10 == 0:
+            rows.append({"step": step, "validation_loss": loss})
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_one_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    content = report([folder], folder / "report")
+    assert content["runs"][0]["verdict"] == (
+        "8 → 2 KV heads: KV cache 4.0× smaller (1,024 → 256 bytes a token); loss 3.351 → 5.500 "
+        "after conversion → 3.900 after uptraining on 655,360 tokens (0.5% of the pretraining): "
+        "74% of the lost quality won back."
+    )
+    assert content["plots"] == ["loss.png"]
+    assert json.loads((folder / "report" / "report.json").read_text()) == content
+    page = (folder / "report" / "report.md").read_text()
+    for line in (
+        "| loss, nats a token | 3.3510 | 5.5000 | 3.9000 |",
+        "| loss over the original, nats a token | – | +2.1490 | +0.5490 |",
+        "| KV cache, bytes a token | 1,024 | 256 | 256 |",
+        "| tokens trained on | 655,360 |",
+        "| time, seconds | 80 |",
+        "| speed, tokens a second | 8,192 |",
+        "uptrain convert books converted --num-key-value-heads 2 --method mean --seed 0",
+        "uptrain evaluate final --reference books --data validation.jsonl --max-tokens 65536 "
+        "--sequence-length 256",
+        "Versions: torch 2.13.0.",
+        "![Training and validation loss over tokens](loss.png)",
+    ):
+        assert line in page.splitlines()
+    assert str(tmp_path) not in page
+    assert str(tmp_path) not in json.dumps(content)
+    assert (folder / "report" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((folder / "report").glob(".*"))
+
+
+def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for name in ("a", "b"):
+        report([folder], tmp_path / name)
+    for name in ("report.json", "report.md", "loss.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_several_runs_are_compared(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "g2" / "out"), make_run(tmp_path / "g4" / "out", 4.2, 3.5, 4)]
+    content = report(folders, tmp_path / "report")
+    assert [run["name"] for run in content["runs"]] == ["g2/out", "g4/out"]
+    assert content["plots"] == ["loss.png", "comparison.png"]
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert (
+        "| g4/out | mean | 4 | 512 | 3.3510 | +0.8490 | +0.1490 | 0.5000 | 655,360 | 80 |" in page
+    )
+    table = summary_table(content).splitlines()
+    assert table[0].startswith("run")
+    assert table[2].startswith("g2/out")
+    assert len(table) == 4
+
+
+def test_names_that_cannot_be_told_apart_get_numbers(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    content = report([folder, folder], tmp_path / "report")
+    assert [run["name"] for run in content["runs"]] == ["run (1)", "run (2)"]
+
+
+def test_summary_for_a_terminal(tmp_path: Path) -> None:
+    summary = summary_table(report([make_run(tmp_path / "run")], tmp_path / "report"))
+    verdict, quality, cost = summary.split("\n\n")
+    assert verdict.startswith("8 → 2 KV heads")
+    header, _, first, *_ = quality.splitlines()
+    assert header.split() == ["original", "converted", "uptrained"]
+    assert first == "loss, nats a token                       3.3510     5.5000     3.9000"
+    assert "steps" in cost
+
+
+@pytest.mark.parametrize(
+    ("converted", "final", "ending"),
+    [
+        (3.3, 3.2, ": nothing was lost, -0.151 over the original."),
+        (5.5, 5.6, ": uptraining made it worse, +2.249 over the original."),
+        (5.5, 3.251, ": 105% of the lost quality won back."),
+    ],
+)
+def test_verdict_is_plain_about_the_outcome(
+    tmp_path: Path, converted: float, final: float, ending: str
+) -> None:
+    content = report([make_run(tmp_path / "run", converted, final)], tmp_path / "report")
+    assert content["runs"][0]["verdict"].endswith(ending)
+
+
+def test_share_of_the_pretraining_from_its_tokens(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", pretraining_tokens=6553600)
+    assert "tokens (10% of the pretraining)" in report([folder], tmp_path)["runs"][0]["verdict"]
+
+
+def test_only_a_training_log(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rows = [{"step": 1, "tokens": 8, "loss": 4.0}, {"step": 1, "tokens": 8, "loss": 3.0}]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2, "lo')
+    run = report([folder], tmp_path / "report")["runs"][0]
+    assert run["verdict"] == "Trained for 1 steps to a training loss of 3.000."
+    assert run["training"]["curve"] == [[8, 3.0]]
+    assert run["evaluations"] == {}
+
+
+def test_only_an_evaluation(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "evaluation.json", evaluation("small", 4.0, 2))
+    content = report([tmp_path / "run"], tmp_path / "report")
+    assert content["plots"] == []
+    assert content["runs"][0]["verdict"] == (
+        "8 → 2 KV heads: KV cache 4.0× smaller (1,024 → 256 bytes a token); loss 3.351 → 4.000 now "
+        "(+0.649 over the original)."
+    )
+
+
+def test_losses_on_different_texts_are_not_subtracted(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write(folder / "report" / "original.json", evaluation("books", 3.0, 8, False))
+    elsewhere = evaluation("final", 4.0, 2, False) | {"data": "other.jsonl"}
+    write(folder / "report" / "final.json", elsewhere)
+    run = report([folder], tmp_path / "report")["runs"][0]
+    assert "loss_increase" not in run["evaluations"]["uptrained"]
+    assert run["verdict"].endswith("loss 3.000 → 4.000 after uptraining.")
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "can_draw", lambda: False)
+    content = report([make_run(tmp_path / "run")], tmp_path / "report")
+    note = "Plots need matplotlib: pip install 'uptrain-gqa[report]'"
+    assert content["plots"] == []
+    assert (tmp_path / "report" / "report.md").read_text().rstrip().endswith(note)
+    assert summary_table(content).endswith(note)
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "report.json",
+        "report.md",
+    ]
+
+
+def test_folders_without_results(tmp_path: Path) -> None:
+    with pytest.raises(UptrainError) as error:
+        report([tmp_path / "none"], tmp_path / "report")
+    assert str(error.value) == (
+        f"{tmp_path / 'none'}: does not exist; expected the output folder of a run"
+    )
+    with pytest.raises(UptrainError) as error:
+        report([tmp_path], tmp_path / "report")
+    assert str(error.value) == (
+        f"{tmp_path}: holds no result; expected report/original.json, evaluation.json or "
+        "train.jsonl, as `uptrain run`, `evaluate --output` and `finetune` leave them"
+    )
+    assert not (tmp_path / "report").exists()
+
+
+def test_malformed_results(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    write(path, {"loss": "low"})
+    with pytest.raises(UptrainError) as error:
+        report([tmp_path], tmp_path / "report")
+    assert str(error.value) == f"{path}: has no loss; expected what `uptrain evaluate` writes"
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        report([tmp_path], tmp_path / "report")
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UptrainError, match=r"file: cannot take the report \(.*\); choose another"):
+        report([make_run(tmp_path / "run")], tmp_path / "file")
+
+
+def test_smoothing_keeps_a_straight_line_straight() -> None:
+    line = [float(i) for i in range(200)]
+    assert plots.smooth(line) == pytest.approx(line)
+    assert plots.smooth([1.0, 2.0]) == [1.0, 2.0]
+    assert plots.smooth([]) == []

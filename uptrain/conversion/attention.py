@@ -1,0 +1,240 @@
+"""One attention block's weights as heads, whatever their names, layout and biases."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.errors import UnsupportedFamilyError
+from uptrain.families import registry
+from uptrain.families.layouts import join_heads, split_heads
+from uptrain.families.schema import Heads, HeadTensor, Layout
+
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """Where an attention block's weights are, by name within its layer."""
+
+    module: str
+    """Such as `self_attn`."""
+    layout: Layout
+    query: str
+    """Module of the queries; of all three where they are fused."""
+    key: str
+    value: str
+    output: str
+    has_bias: bool
+    """Whether queries, keys and values have a bias."""
+    gated: bool
+    """Whether each query head's rows are followed by as many rows of an output gate."""
+
+    @property
+    def projections(self) -> set[str]:
+        """Modules of the queries, keys, values and output."""
+        return {self.query, self.key, self.value, self.output}
+
+
+@dataclass(frozen=True)
+class AttentionHeads:
+    """An attention block's weights, head by head, with biases as one more input column.
+
+    H query heads, K KV heads; `inputs` is `hidden_size`, plus one where there is a bias.
+    """
+
+    query: torch.Tensor
+    """[K, H / K, head_dim, inputs]."""
+    key: torch.Tensor
+    """[K, head_dim, inputs]."""
+    value: torch.Tensor
+    """[K, value_dim, inputs]."""
+    output: torch.Tensor
+    """[K, H / K, hidden_size, value_dim]."""
+    gate: torch.Tensor | None
+    """[K, H / K, head_dim, inputs]: rows of an output gate that go with each query head."""
+
+    def reordered(self, order: torch.Tensor) -> "AttentionHeads":
+        """Put the KV heads, each with its query heads, in another order."""
+        gate = None if self.gate is None else self.gate[order]
+        return replace(
+            self,
+            query=self.query[order],
+            key=self.key[order],
+            value=self.value[order],
+            output=self.output[order],
+            gate=gate,
+        )
+
+
+def find_attention(
+    tensors: Mapping[str, torch.Size], layouts: Mapping[str, Layout], heads: Heads
+) -> AttentionNames:
+    """Find the parts of a layer's attention block.
+
+    Args:
+        tensors: Shapes of the layer's tensors by name within the layer.
+        layouts: Layout of those that follow the number of KV heads.
+        heads: The head counts.
+
+    Raises:
+        UnsupportedFamilyError: If a part cannot be told, so that only pooling is possible.
+    """
+    projections = [name for name in layouts if name.endswith(".weight") and "norm" not in name]
+    modules = {name.rsplit(".", 2)[0] for name in projections}
+    if len(modules) != 1:
+        raise UnsupportedFamilyError(
+            f"a layer has {len(modules)} attention blocks ({', '.join(sorted(modules))}), and only layers with "
+            "one can be calibrated; use --method mean"
+        )
+    module = modules.pop()
+    leaves = sorted(name.rsplit(".", 2)[1] for name in projections)
+    layout = layouts[projections[0]]
+    if layout is not Layout.SEPARATE and len(leaves) == 1:
+        query = key = value = leaves[0]
+    elif leaves == ["k_proj", "v_proj"] and f"{module}.q_proj.weight" in tensors:
+        query, key, value = "q_proj", "k_proj", "v_proj"
+    else:
+        raise UnsupportedFamilyError(
+            f"the queries, keys and values of {module} cannot be told among {', '.join(leaves)}; "
+            "use --method mean"
+        )
+    outputs = [name for name in _OUTPUTS if f"{module}.{name}.weight" in tensors]
+    if len(outputs) != 1:
+        raise UnsupportedFamilyError(
+            f"the output projection of {module} cannot be told; use --method mean"
+        )
+    rows = tensors[f"{module}.{query}.weight"][0]
+    key_rows = tensors[f"{module}.{key}.weight"][0]
+    per_query = rows // heads.num_attention_heads
+    gated = layout is Layout.SEPARATE and (per_query == 2 * (key_rows // heads.num_key_value_heads))
+    return AttentionNames(
+        module,
+        layout,
+        query,
+        key,
+        value,
+        outputs[0],
+        has_bias=f"{module}.{key}.bias" in tensors,
+        gated=gated,
+    )
+
+
+def read_heads(
+    state: Mapping[str, torch.Tensor], names: AttentionNames, heads: Heads
+) -> AttentionHeads:
+    """View a layer's attention weights as heads, in float64.
+
+    Args:
+        state: The layer's tensors by name within the layer.
+        names: From `find_attention`.
+        heads: The head counts of these weights.
+    """
+    H, K = heads.num_attention_heads, heads.num_key_value_heads
+
+    def rows(leaf: str) -> torch.Tensor:
+        weight = state[f"{names.module}.{leaf}.weight"].double()
+        bias = state.get(f"{names.module}.{leaf}.bias")
+        if not names.has_bias:
+            return weight
+        column = torch.zeros(len(weight), 1).to(weight) if bias is None else bias.double()[:, None]
+        return torch.cat([weight, column], dim=1)
+
+    if names.layout is Layout.SEPARATE:
+        query = rows(names.query).unflatten(0, (H, -1))
+        (key,) = split_heads(rows(names.key), Layout.SEPARATE, heads)[1]
+        (value,) = split_heads(rows(names.value), Layout.SEPARATE, heads)[1]
+    else:
+        found, (key, value) = split_heads(rows(names.query), names.layout, heads)
+        assert found is not None
+        query = found
+    gate = None
+    if names.gated:
+        query, gate = query.chunk(2, dim=1)
+        gate = gate.unflatten(0, (K, -1))
+    output = state[f"{names.module}.{names.output}.weight"].double()
+    output = output.unflatten(1, (K, H // K, -1)).permute(1, 2, 0, 3)
+    return AttentionHeads(query.unflatten(0, (K, -1)), key, value, output, gate)
+
+
+def write_heads(parts: AttentionHeads, names: AttentionNames) -> dict[str, torch.Tensor]:
+    """Put heads back into a layer's tensors; the inverse of `read_heads`.
+
+    Returns:
+        float64 tensors by name within the layer.
+    """
+    query = parts.query.flatten(0, 1)
+    if parts.gate is not None:
+        query = torch.cat([query, parts.gate.flatten(0, 1)], dim=1)
+    if names.layout is Layout.SEPARATE:
+        joined = {
+            names.query: query.flatten(0, 1),
+            names.key: parts.key.flatten(0, 1),
+            names.value: parts.value.flatten(0, 1),
+        }
+    else:
+        joined = {names.query: join_heads(query, [parts.key, parts.value], names.layout)}
+    state = {}
+    for leaf, rows in joined.items():
+        if names.has_bias:
+            state[f"{names.module}.{leaf}.bias"] = rows[:, -1].contiguous()
+            rows = rows[:, :-1]
+        state[f"{names.module}.{leaf}.weight"] = rows.contiguous()
+    output = parts.output.permute(2, 0, 1, 3).flatten(1)
+    state[f"{names.module}.{names.output}.weight"] = output.contiguous()
+    return state
+
+
+def find_layers(
+    checkpoint: Checkpoint, head_tensors: Mapping[str, HeadTensor], code: Path | None
+) -> tuple[dict[int, dict[str, Layout]], str]:
+    """Find, for each layer, the tensors that follow the number of KV heads, by name within it.
+
+    Returns:
+        Layouts by layer and name, and the name of the list of layers, such as `model.layers`.
+    """
+    model = registry.build_on_meta(checkpoint.config, code)
+    in_memory = registry.names_in_memory(model, checkpoint.tensors)
+    found: dict[int, dict[str, Layout]] = {}
+    stacks = set()
+    for disk, tensor in head_tensors.items():
+        match = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", in_memory.get(disk, ""))
+        if match is None:
+            raise UnsupportedFamilyError(
+                f"{checkpoint.name}: tensor {disk} is in no list of layers; use --method mean"
+            )
+        stacks.add(match[1])
+        found.setdefault(int(match[2]), {})[match[3]] = tensor.layout
+    if len(stacks) != 1:
+        raise UnsupportedFamilyError(
+            f"{checkpoint.name}: KV heads are in {len(stacks)} stacks of layers ({', '.join(sorted(stacks))}), "
+            "which calibration does not cover yet; use --method mean"
+        )
+    return found, stacks.pop()
+
+
+def rotary_dims(config: Mapping[str, Any], code: Path | None) -> list[int]:
+    """Numbers of leading channels of a head that may be rotated, from what the config says."""
+    parsed = registry.parse_config(config, code)
+    heads = registry.read_heads(config, code)
+    size = getattr(parsed, "head_dim", None) or parsed.hidden_size // heads.num_attention_heads
+    rope = getattr(parsed, "rope_parameters", None) or {}
+    parts = [rope.get("partial_rotary_factor")] if isinstance(rope, dict) else []
+    parts += [r.get("partial_rotary_factor") for r in rope.values() if isinstance(r, dict)]
+    parts += [getattr(parsed, "partial_rotary_factor", None), getattr(parsed, "rotary_pct", None)]
+    dims = {size} | {int(size * part) for part in parts if part}
+    dims |= {getattr(parsed, "rotary_dim", None) or size}
+    return sorted((n for n in dims if n % 2 == 0), reverse=True)
+
+
+def check_all_merged(layouts: Mapping[str, Layout], names: AttentionNames) -> None:
+    """Refuse a layer in which more than the projections follows the number of KV heads."""
+    others = [n for n in layouts if n.split(".")[-2] not in names.projections]
+    if others:
+        raise UnsupportedFamilyError(
+            f"tensor {others[0]} follows the number of KV heads beside the projections; use --method mean"
+        )

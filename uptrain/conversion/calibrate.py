@@ -1,0 +1,283 @@
+"""Merge and repair a checkpoint layer by layer, with one layer of each model in memory.
+
+Two residual streams run side by side over the calibration text: that of the original, and that of
+the converted model as far as it is converted. A finished layer is written down at once, so that
+interrupted work goes on behind the last finished one.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial as partial_of
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from uptrain.checkpoint.reader import DTYPES, read_json
+from uptrain.checkpoint.writer import replace_file
+from uptrain.conversion import repair
+from uptrain.conversion.attention import (
+    AttentionNames,
+    check_all_merged,
+    find_attention,
+    find_layers,
+    read_heads,
+    rotary_dims,
+    write_heads,
+)
+from uptrain.conversion.finished import LayerReport, fingerprint, layer_path, open_partial
+from uptrain.conversion.fit import Run
+from uptrain.conversion.freedom import find_freedom
+from uptrain.conversion.merge import merge_heads
+from uptrain.conversion.options import Options
+from uptrain.conversion.plan import Plan
+from uptrain.conversion.residual import ResidualStreams
+from uptrain.conversion.sample import draw_blocks
+from uptrain.conversion.stream import LayerStream
+from uptrain.errors import CheckpointError, UptrainError
+from uptrain.families import registry
+from uptrain.loading import context_length, load_tokenizer, pick_device
+from uptrain.progress import progress
+
+PASSES = 6
+"""Passes over the calibration tokens for each layer, if no number of steps is given."""
+_MAX_LENGTH = 2048
+_PROBE_TOKENS = 32
+
+
+def merge_layers(
+    plan: Plan, options: Options, partial: Path, code: Path | None = None
+) -> list[LayerReport]:
+    """Merge and repair all layers; each becomes a file in `partial`.
+
+    Args:
+        plan: The conversion.
+        options: How.
+        partial: Folder for finished layers; those of an earlier run with the same source, options
+            and data are taken over, any others removed.
+        code: The checkpoint's folder if its own Python code may be executed.
+
+    Returns:
+        A report for each layer.
+
+    Raises:
+        UnsupportedFamilyError: If the layers cannot be taken apart.
+        CheckpointError: If a weight or an activation is not finite.
+        DataError: If the calibration text cannot be used.
+        UptrainError: If the device is missing or its memory too small.
+    """
+    device = pick_device(options.device if options.calibration or options.device else "cpu")
+    tokens = _draw(plan, options) if options.calibration else None
+    open_partial(partial, fingerprint(plan, options, tokens))
+    try:
+        return _Work(plan, options, partial, device, tokens, code).run()
+    except torch.OutOfMemoryError as error:
+        raise UptrainError(
+            f"device {device}: its memory is too small for a layer and the activations; lower "
+            "--activation-bytes or --calibration-tokens, or use --device cpu"
+        ) from error
+
+
+class _Work:
+    """The state that goes from layer to layer: two models, two residual streams."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: Options,
+        partial: Path,
+        device: torch.device,
+        tokens: Tensor | None,
+        code: Path | None,
+    ) -> None:
+        self.plan, self.options, self.partial, self.device = plan, options, partial, device
+        checkpoint = plan.checkpoint
+        self.layouts, self.stack = find_layers(plan.checkpoint, plan.head_tensors, code)
+        self.source = LayerStream(checkpoint, checkpoint.config, self.stack, device, code)
+        self.target = LayerStream(checkpoint, plan.config, self.stack, device, code, self.source)
+        self.streams: ResidualStreams | None = None
+        if tokens is not None:
+            self.streams = ResidualStreams(
+                self.source, self.target, tokens, options.activation_bytes
+            )
+        self.rotary_dims = rotary_dims(checkpoint.config, code)
+        probe = (
+            torch.arange(_PROBE_TOKENS) % 17 + 1 if tokens is None else tokens[0, :_PROBE_TOKENS]
+        )
+        entering = self.source.embed(probe[None])
+        noise = torch.randn(entering.shape, generator=torch.Generator().manual_seed(0))
+        self.probe = entering + noise.to(device) * entering.std()
+
+    def run(self) -> list[LayerReport]:
+        reports: list[LayerReport] = []
+        units = len(self.source) * max(1, self._steps())
+        with progress("calibrate", units, "steps") as self.advance:
+            for index in range(len(self.source)):
+                report_path = self.partial / f"layer-{index:05d}.json"
+                if report_path.is_file():
+                    reports.append(LayerReport(**read_json(report_path)))
+                    self.advance(max(1, self._steps()), f"layer {index}, done before")
+                    if self.streams is not None:
+                        self.streams.move(index, self.source.layer(index), self._load_done(index))
+                    continue
+                report = self._layer(index)
+                content = json.dumps(asdict(report)) + "\n"
+                replace_file(report_path, content.encode())
+                reports.append(report)
+        return reports
+
+    def _steps(self) -> int:
+        if self.streams is None:
+            return 0
+        if self.options.reconstruct_steps is not None:
+            return self.options.reconstruct_steps
+        return PASSES * (len(self.streams.original) // self.streams.batch)
+
+    @torch.no_grad()
+    def _layer(self, index: int) -> LayerReport:
+        report = LayerReport(index)
+        layouts = self.layouts.get(index)
+        source = self.source.layer(index)
+        if layouts is None:  # no attention here
+            self.advance(max(1, self._steps()), f"layer {index}, no attention")
+            if self.streams is not None:
+                self.streams.move(index, source, source)
+            return report
+        heads = self.plan.heads
+        state = source.state_dict()
+        names = find_attention({n: t.shape for n, t in state.items()}, layouts, heads)
+        self._check_finite(state, names, index)
+        parts = read_heads(state, names, heads)
+
+        def run_with(changed: Any) -> Tensor:
+            state_now = {
+                n: t.to(self.device, torch.float32) for n, t in write_heads(changed, names).items()
+            }
+            source.load_state_dict(state_now, strict=False)
+            return self.source.run(source, index, self.probe)
+
+        freedom = find_freedom(parts, run_with, self.rotary_dims)
+        run_with(parts)  # puts the original weights back
+        report.freedom = asdict(freedom)
+        moment = self._moment(source, names, index)
+        merged = merge_heads(
+            parts,
+            freedom,
+            moment,
+            self.plan.num_key_value_heads,
+            method=self.options.method,
+            grouping=self.options.grouping,
+            seed=self.options.seed + 1000 * index,
+        )
+        report.groups = merged.groups
+        report.discarded_energy = {"value": merged.discarded_value, "key": merged.discarded_key}
+        replaced = {n: t.float() for n, t in write_heads(merged.parts, names).items()}
+        check_all_merged(layouts, names)
+        layer = self.target.layer(index, replaced)
+        if self.streams is None:
+            self.advance(1, f"layer {index}")
+            self._save(index, layer, source)
+            return report
+        report.error = repair.repair_layer(
+            self.streams,
+            index,
+            source,
+            layer,
+            names,
+            self.probe,
+            refit=self.options.refit,
+            steps=self._steps(),
+            seed=self.options.seed,
+            advance=self.advance,
+        )
+        self._save(index, layer, source)
+        self.streams.move(index, source, layer)
+        if not bool(self.streams.converted.isfinite().all()):
+            raise CheckpointError(
+                f"{self.plan.checkpoint.name}: layer {index} gives activations that are not finite; "
+                "check the checkpoint, or lower --reconstruct-steps"
+            )
+        return report
+
+    def _load_done(self, index: int) -> nn.Module:
+        disk = {disk: name for name, disk in self.target.names(index).items()}
+        path = layer_path(self.partial, index)
+        done = safetensors.torch.load_file(path) if path.is_file() else {}
+        return self.target.layer(index, {disk[name]: tensor for name, tensor in done.items()})
+
+    def _moment(self, layer: nn.Module, names: AttentionNames, index: int) -> Tensor:
+        """Second moment of the attention block's input, with a constant 1 where there are biases."""
+        seen: list[Tensor] = []
+        projection = layer.get_submodule(f"{names.module}.{names.key}")
+        handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        if self.streams is None:
+            # Balanced signs pass a norm unchanged: what is seen is its gain, C = diag(γ²).
+            width = self.probe.shape[-1]
+            generator = torch.Generator().manual_seed(0)
+            order = torch.rand(_PROBE_TOKENS, width, generator=generator).argsort(-1)
+            batches = [torch.where(order < width // 2, 1.0, -1.0)[None].to(self.probe)]
+            run: Run = partial_of(self.source.run, layer, index)
+        else:
+            batches = self.streams.batches(self.streams.converted)
+            run = self.streams.run_source(layer, index)
+        until_attention = repair.run_attention(layer, names, run)
+        total: Tensor | None = None
+        tokens = 0
+        try:
+            for batch in batches:
+                seen.clear()
+                until_attention(batch.to(self.probe))
+                entering = seen[0].flatten(0, -2).float()
+                if names.has_bias:
+                    entering = torch.cat([entering, torch.ones_like(entering[:, :1])], dim=1)
+                product = (entering.T @ entering).double()
+                total = product if total is None else total + product
+                tokens += len(entering)
+        finally:
+            handle.remove()
+        assert total is not None
+        moment = total / tokens
+        return moment if self.streams is not None else moment.diagonal().diag()
+
+    def _check_finite(self, state: Mapping[str, Tensor], names: AttentionNames, index: int) -> None:
+        for name, tensor in state.items():
+            if not bool(tensor.isfinite().all()):
+                raise CheckpointError(
+                    f"{self.plan.checkpoint.name}: tensor {self.stack}.{index}.{name} has NaN or infinite values; "
+                    "the checkpoint is damaged, fetch it again"
+                )
+
+    def _save(self, index: int, layer: nn.Module, source: nn.Module) -> None:
+        """Write down the tensors that the conversion changed, rounded to the dtype of the files.
+
+        The layer goes on with the rounded weights, so that what follows is fitted to what is written.
+        """
+        known = self.target.names(index)
+        before, changed = source.state_dict(), {}
+        for name, tensor in layer.state_dict().items():
+            is_same = name in before and torch.equal(tensor, before[name])
+            if name in known and not is_same:
+                dtype = DTYPES[self.plan.checkpoint.tensors[known[name]].dtype]
+                rounded = tensor.detach().to(dtype)
+                tensor.copy_(rounded)
+                changed[known[name]] = rounded.cpu().contiguous()
+        replace_file(layer_path(self.partial, index), safetensors.torch.save(changed))
+
+
+def _draw(plan: Plan, options: Options) -> Tensor:
+    assert options.calibration is not None
+    checkpoint = plan.checkpoint
+    tokenizer = load_tokenizer(checkpoint)
+    config = registry.parse_config(checkpoint.config)
+    length = min(context_length(config) or _MAX_LENGTH, _MAX_LENGTH)
+    return draw_blocks(
+        options.calibration,
+        tokenizer,
+        options.calibration_tokens,
+        length,
+        options.seed,
+        config.get_text_config().vocab_size,
+    )

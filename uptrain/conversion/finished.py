@@ -1,0 +1,74 @@
+"""Finished layers of a conversion by layers, kept beside the target until it is written."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uptrain.checkpoint.reader import TensorEntry, read_header, read_json
+from uptrain.checkpoint.writer import replace_file
+from uptrain.conversion.options import Options
+from uptrain.conversion.plan import Plan
+
+
+@dataclass
+class LayerReport:
+    """What happened to one layer."""
+
+    layer: int
+    freedom: dict[str, Any] | None = None
+    groups: list[list[int]] = field(default_factory=list)
+    discarded_energy: dict[str, float] = field(default_factory=dict)
+    """Parts of the layer's whole energy, for `value` and `key`."""
+    error: dict[str, float] = field(default_factory=dict)
+    """Relative error of the residual stream behind the layer, by step."""
+
+
+def finished_tensors(partial: Path) -> dict[str, TensorEntry]:
+    """Find the tensors of all finished layers, by name in the files, in the files' dtype."""
+    found: dict[str, TensorEntry] = {}
+    for path in sorted(partial.glob("layer-*.safetensors")):
+        found |= read_header(path)
+    return found
+
+
+def layer_path(partial: Path, layer: int) -> Path:
+    """Where a finished layer is written."""
+    return partial / f"layer-{layer:05d}.safetensors"
+
+
+def fingerprint(plan: Plan, options: Options, tokens: Tensor | None) -> dict[str, Any]:
+    """What a finished layer depends on."""
+    checkpoint = plan.checkpoint
+    entries = [
+        (e.name, e.dtype, e.shape, e.path.name, e.path.stat().st_mtime_ns)
+        for e in checkpoint.tensors.values()
+    ]
+    tokens_digest = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return {
+        "source": hashlib.sha256(repr((checkpoint.config, entries)).encode()).hexdigest(),
+        "num_key_value_heads": plan.num_key_value_heads,
+        "options": {
+            key: value
+            for key, value in asdict(options).items()
+            if key not in ("calibration", "activation_bytes", "device")
+        },
+        "tokens": tokens_digest,
+        "torch": torch.__version__,
+    }
+
+
+def open_partial(partial: Path, wanted: dict[str, Any]) -> None:
+    """Take over the finished layers of the same work; remove those of any other."""
+    manifest = partial / "manifest.json"
+    if manifest.is_file() and read_json(manifest) == json.loads(json.dumps(wanted)):
+        return
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    replace_file(manifest, (json.dumps(wanted) + "\n").encode())

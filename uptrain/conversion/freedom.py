@@ -1,0 +1,134 @@
+"""Which changes of basis an attention block does not notice, found by trying them on its own weights.
+
+A shared head can stand for several only up to what their query and output projections absorb. What
+they absorb depends on rotary embedding and its pairing, on norms, gates and clips; no list of
+families is trusted for it. Each candidate change is made and undone on the real layer: it is
+allowed if the layer's output stays, and if it does not stay once the undoing is left out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import torch
+
+from uptrain.conversion.attention import AttentionHeads
+
+# An allowed change moves the output by rounding only, a forbidden one by about as much as the change
+# without its undoing; the bound lies far from both.
+TOLERANCE = 1e-2
+
+
+class Basis(StrEnum):
+    """What may be done to the basis of a KV head, from the most to the least."""
+
+    FULL = "full"
+    """Any invertible map."""
+    SCALED = "scaled"
+    """A complex scale of each rotary pair."""
+    TURNED = "turned"
+    """A rotation of each rotary pair: a norm on queries and keys fixes the lengths."""
+    SIGNED = "signed"
+    """A sign for each rotary pair: such a norm has different gains within the pair."""
+    FIXED = "fixed"
+    """Nothing."""
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What one attention block allows."""
+
+    value: Basis
+    """FULL or FIXED."""
+    key: Basis
+    rotary_dim: int
+    """Leading channels of a head that are rotated; those behind it may take any map if `key` is
+    SCALED, and none under a norm."""
+    interleaved: bool
+    """Channels 2m and 2m + 1 are a rotary pair, else m and m + rotary_dim / 2."""
+    reorder: bool
+    """Whether KV heads may change places together with their query heads."""
+
+
+def find_freedom(
+    parts: AttentionHeads, run: Callable[[AttentionHeads], torch.Tensor], rotary_dims: list[int]
+) -> Freedom:
+    """Probe an attention block.
+
+    Args:
+        parts: Its weights.
+        run: Computes the layer's output, any shape, from changed weights.
+        rotary_dims: Numbers of leading channels that may be the rotary ones.
+
+    Returns:
+        The most that the block allows.
+    """
+    generator = torch.Generator().manual_seed(0)
+    reference = run(parts)
+
+    def allows(made: AttentionHeads, undone: AttentionHeads) -> bool:
+        moved = (run(made) - reference).abs().max()
+        left = (run(undone) - reference).abs().max()
+        return bool(torch.isfinite(left)) and float(left) <= TOLERANCE * float(moved)
+
+    turn = _random_maps(parts.value.shape[:2], generator).to(parts.value)
+    changed = replace(parts, value=turn @ parts.value)
+    absorbed = torch.einsum("kqhd,kde->kqhe", parts.output, torch.linalg.inv(turn))
+    value = Basis.FULL if allows(changed, replace(changed, output=absorbed)) else Basis.FIXED
+
+    order = torch.randperm(len(parts.key), generator=generator).roll(1).to(parts.key.device)
+    moved_kv = replace(parts, key=parts.key[order], value=parts.value[order])
+    # With one KV head, or a draw that moves none, there is nothing to reorder.
+    reorder = len(parts.key) > 1 and allows(moved_kv, parts.reordered(order))
+
+    d = parts.key.shape[1]
+    candidates = [(Basis.FULL, 0, False)]
+    for basis in (Basis.SCALED, Basis.TURNED, Basis.SIGNED):
+        candidates += [(basis, n, mode) for n in rotary_dims for mode in (False, True) if n <= d]
+    for basis, rotary_dim, interleaved in candidates:
+        maps, inverses = _key_maps(parts, basis, rotary_dim, interleaved, generator)
+        changed = replace(parts, key=maps @ parts.key)
+        # Scores are q . k: the queries take the inverse's transpose.
+        undone = replace(changed, query=inverses.mT[:, None] @ parts.query)
+        if allows(changed, undone):
+            return Freedom(value, basis, rotary_dim, interleaved, reorder)
+    return Freedom(value, Basis.FIXED, 0, False, reorder)
+
+
+def _key_maps(
+    parts: AttentionHeads,
+    basis: Basis,
+    rotary_dim: int,
+    interleaved: bool,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one map [K, head_dim, head_dim] of each KV head's channels, and its inverse."""
+    K, d = parts.key.shape[:2]
+    maps = torch.eye(d, dtype=torch.float64).repeat(K, 1, 1)
+    rest = d - rotary_dim
+    if basis in (Basis.FULL, Basis.SCALED) and rest:
+        maps[:, rotary_dim:, rotary_dim:] = _random_maps(torch.Size((K, rest)), generator)
+    pairs = rotary_dim // 2
+    if pairs:
+        angle = torch.rand(K, pairs, generator=generator, dtype=torch.float64) * 6.28
+        size = torch.ones(K, pairs, dtype=torch.float64)
+        if basis is Basis.SCALED:
+            size = 0.5 + torch.rand(K, pairs, generator=generator, dtype=torch.float64)
+        if basis is Basis.SIGNED:
+            angle = torch.where(angle > 3.14, torch.pi, 0.0)
+        first = torch.arange(pairs) * 2 if interleaved else torch.arange(pairs)
+        second = first + 1 if interleaved else first + pairs
+        maps[:, first, first] = maps[:, second, second] = size * angle.cos()
+        maps[:, second, first] = size * angle.sin()
+        maps[:, first, second] = -size * angle.sin()
+    maps = maps.to(parts.key)
+    return maps, torch.linalg.inv(maps)
+
+
+def _random_maps(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Draw well-conditioned maps [K, d, d]: random turns with sizes between a half and one and a half."""
+    K, d = shape
+    normal = torch.randn(K, d, d, generator=generator, dtype=torch.float64)
+    turns: torch.Tensor = torch.linalg.qr(normal)[0]
+    sizes = 0.5 + torch.rand(K, 1, d, generator=generator, dtype=torch.float64)
+    return turns * sizes

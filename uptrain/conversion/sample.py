@@ -1,0 +1,92 @@
+"""Draw calibration tokens over a whole file."""
+
+import heapq
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from uptrain.data import encode_documents, read_documents
+from uptrain.errors import DataError
+
+# A passage of so many characters for each token of a block holds more than a block in most languages,
+# so that a block can start anywhere in it.
+_CHARACTERS_PER_TOKEN = 8
+
+
+def draw_blocks(
+    path: Path, tokenizer: Any, tokens: int, length: int, seed: int, vocabulary: int
+) -> torch.Tensor:
+    """Draw blocks of text from everywhere in a file.
+
+    The file is read once, as passages; those with the smallest random keys are kept, so memory does
+    not grow with the file. Each long passage gives one block, short ones are joined.
+
+    Args:
+        path: Text or jsonl, as `read_documents` takes it.
+        tokenizer: The model's.
+        tokens: How many to draw; rounded to whole blocks, at least one.
+        length: Tokens of a block.
+        seed: Of the draw.
+        vocabulary: Size of the model's vocabulary.
+
+    Returns:
+        [blocks, length], int64. Fewer blocks than asked for if the file is short; said on standard
+        error.
+
+    Raises:
+        DataError: If there is not one block, all tokens are the same, or one is not in the
+            vocabulary.
+    """
+    wanted = max(1, tokens // length)
+    draw = random.Random(seed)
+    size = _CHARACTERS_PER_TOKEN * length
+    enough = int(1.25 * size * wanted)
+    kept: list[tuple[float, str]] = []
+    characters = 0
+    for document in read_documents(path, tokenizer):
+        for start in range(0, max(1, len(document)), size):
+            passage = document[start : start + size]
+            heapq.heappush(kept, (-draw.random(), passage))
+            characters += len(passage)
+            while characters - len(kept[0][1]) >= enough:
+                characters -= len(heapq.heappop(kept)[1])
+    passages = [passage for _, passage in sorted(kept, reverse=True)]
+    blocks: list[np.ndarray[Any, Any]] = []
+    short: list[np.ndarray[Any, Any]] = []
+    for encoded in encode_documents(passages, tokenizer):
+        found = encoded.tokens
+        if len(found) >= length:
+            start = draw.randrange(len(found) - length + 1)
+            blocks.append(found[start : start + length])
+        else:
+            short.append(found)
+            if sum(map(len, short)) >= length:
+                blocks.append(np.concatenate(short)[:length])
+                short = []
+        if len(blocks) == wanted:
+            break
+    if not blocks:
+        found_tokens = sum(map(len, short))
+        raise DataError(
+            f"{path}: gives {found_tokens} tokens, calibration needs at least one block of {length}; "
+            "add text"
+        )
+    if len(blocks) < wanted:
+        print(
+            f"{path}: gives {len(blocks) * length:,} tokens, {wanted * length:,} were wanted; "
+            "calibrating with what is there",
+            file=sys.stderr,
+        )
+    drawn = torch.from_numpy(np.stack(blocks).astype(np.int64))
+    if int(drawn.min()) == int(drawn.max()):
+        raise DataError(f"{path}: every token is the same; expected ordinary text")
+    if int(drawn.max()) >= vocabulary:
+        raise DataError(
+            f"{path}: gives token {int(drawn.max())}, the model's vocabulary has {vocabulary}; "
+            "tokenizer and weights do not belong together"
+        )
+    return drawn

@@ -1,0 +1,166 @@
+"""Read what a run left behind: evaluations, records and the training log."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.reader import RECORD, read_json
+from uptrain.errors import UptrainError
+from uptrain.evaluation.quality import EVALUATION
+from uptrain.training.log import read_log
+
+TRAINING_LOG = "train.jsonl"
+
+_STAGES = {"original": "original", "converted": "converted", "final": "uptrained"}
+_MEASURED_ON = ("tokens", "data", "sequence_length")
+_MAX_POINTS = 1000  # of a curve: a plot shows no more
+
+
+def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read the results of runs.
+
+    Args:
+        folders: Output folders of `uptrain run` or `finetune`, or folders with an
+            `evaluation.json`.
+
+    Returns:
+        For each run its `name` (each another), `evaluations` by stage (original, converted,
+        uptrained, evaluated), `conversion`, `training` and `versions`; None for what is not there.
+
+    Raises:
+        UptrainError: If a folder holds no result, or a result is malformed.
+    """
+    runs = [_read_run(folder) for folder in folders]
+    _name_apart(runs, folders)
+    return runs
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise UptrainError(f"{folder}: {found}; expected the output folder of a run")
+    evaluations: dict[str, Any] = {}
+    files = {stage: folder / "report" / f"{name}.json" for name, stage in _STAGES.items()}
+    for stage, path in (files | {"evaluated": folder / EVALUATION}).items():
+        if (evaluation := _read_evaluation(path)) is not None:
+            evaluations[stage] = evaluation
+    if "original" not in evaluations:
+        for evaluation in evaluations.values():
+            if "reference_loss" in evaluation:
+                evaluations = {"original": _of_reference(evaluation), **evaluations}
+                break
+    records = [
+        read_json(path)
+        for stage in ("converted", "final", ".")
+        if (path := folder / stage / RECORD).is_file()
+    ]
+    conversion = next((_pick_conversion(r) for r in records if _is_converted(r)), None)
+    training = _read_training(folder / TRAINING_LOG)
+    if training is not None:
+        training |= _pick_share(records, training["tokens"])
+    if not evaluations and training is None:
+        raise UptrainError(
+            f"{folder}: holds no result; expected report/original.json, {EVALUATION} or "
+            f"{TRAINING_LOG}, as `uptrain run`, `evaluate --output` and `finetune` leave them"
+        )
+    _add_increases(evaluations)
+    return {
+        "name": folder.resolve().name,
+        "evaluations": evaluations,
+        "conversion": conversion,
+        "training": training,
+        "versions": next((r["versions"] for r in records if "versions" in r), None),
+    }
+
+
+def _read_evaluation(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    evaluation = read_json(path)
+    for key in ("loss", "tokens", "num_key_value_heads", "kv_cache_bytes_per_token"):
+        if not isinstance(evaluation.get(key), int | float):
+            raise UptrainError(f"{path}: has no {key}; expected what `uptrain evaluate` writes")
+    return evaluation
+
+
+def _of_reference(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Take out of an evaluation what it says about its reference."""
+    shared = {key: evaluation[key] for key in _MEASURED_ON if key in evaluation}
+    own = {
+        key.removeprefix("reference_"): value
+        for key, value in evaluation.items()
+        if key.startswith("reference_")
+    }
+    return {"model": evaluation.get("reference"), **own, **shared}
+
+
+def _add_increases(evaluations: dict[str, Any]) -> None:
+    """Fill in how far each stage is from the original, where both saw the same text."""
+    original = evaluations.get("original")
+    if original is None:
+        return
+    for evaluation in evaluations.values():
+        if all(evaluation.get(key) == original.get(key) for key in _MEASURED_ON):
+            evaluation.setdefault("loss_increase", evaluation["loss"] - original["loss"])
+
+
+def _is_converted(record: Mapping[str, Any]) -> bool:
+    return str(record.get("method", "none")) != "none"
+
+
+def _pick_conversion(record: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("model_type", "num_attention_heads", "num_key_value_heads", "method", "grouping")
+    picked = {key: record[key] for key in (*keys, "seed", "calibration") if key in record}
+    source = record.get("source")
+    return {"source": source.get("name") if isinstance(source, dict) else source, **picked}
+
+
+def _read_training(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    # A step that was repeated after a restart counts once, as it went the last time.
+    rows = read_log(path)
+    steps = {row["step"]: row for row in rows if {"loss", "tokens"} <= row.keys()}
+    validation = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    if not steps:
+        return None
+    ordered = [steps[step] for step in sorted(steps)]
+    last = ordered[-1]
+    tokens_at = {step: row["tokens"] for step, row in steps.items()} | {0: 0}
+    seconds = last.get("seconds")
+    return {
+        "steps": max(steps),
+        "tokens": last["tokens"],
+        "seconds": seconds,
+        "tokens_per_second": last["tokens"] / seconds if seconds else None,
+        "loss": last["loss"],
+        "curve": _thin([[row["tokens"], row["loss"]] for row in ordered]),
+        "validation": [[tokens_at[s], loss] for s, loss in validation.items() if s in tokens_at],
+    }
+
+
+def _thin(points: list[list[float]]) -> list[list[float]]:
+    stride = -(-len(points) // _MAX_POINTS)
+    return points[::stride] if stride > 1 else points
+
+
+def _pick_share(records: Sequence[Mapping[str, Any]], tokens: int) -> dict[str, Any]:
+    for record in records:
+        uptraining = record.get("uptraining")
+        if isinstance(uptraining, dict):
+            if pretraining := uptraining.get("pretraining_tokens"):
+                return {"alpha": tokens / pretraining, "pretraining_tokens": pretraining}
+            if alpha := uptraining.get("alpha"):
+                return {"alpha": alpha}
+    return {}
+
+
+def _name_apart(runs: list[dict[str, Any]], folders: Sequence[Path]) -> None:
+    """Put the parent's name before names that occur twice, then a number."""
+    for name in {run["name"] for run in runs}:
+        same = [i for i, run in enumerate(runs) if run["name"] == name]
+        longer = [f"{folders[i].resolve().parent.name}/{name}" for i in same]
+        if len(same) > 1:
+            for number, i in enumerate(same, 1):
+                is_clear = len(set(longer)) == len(same)
+                runs[i]["name"] = longer[number - 1] if is_clear else f"{name} ({number})"

@@ -1,0 +1,119 @@
+"""run(): convert, uptrain, evaluate and report from one recipe; picks up where it stopped."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.card import model_card
+from uptrain.checkpoint.reader import MODEL_CARD, RECORD, read_json, resolve_source
+from uptrain.checkpoint.writer import replace_file
+from uptrain.conversion.convert import convert
+from uptrain.conversion.options import make_options
+from uptrain.errors import CheckpointError, RecipeError
+from uptrain.evaluation.quality import evaluate
+from uptrain.report import report
+from uptrain.training.loop import finetune
+from uptrain.training.options import ConvertOptions, EvaluateOptions
+from uptrain.training.recipe import Recipe
+from uptrain.training.setup import make_accelerator
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Do everything that a recipe says; stages that an earlier call finished are not done again.
+
+    Its output folder comes to hold `converted/`, `checkpoints/`, `final/` and `report/`.
+
+    Args:
+        recipe: From `load_recipe`; its `source` is the original checkpoint.
+
+    Returns:
+        `converted`, `final` and `report_path` (paths), `training` (what `finetune` returned),
+        `evaluations` by stage and `report` (the content of report.json). Empty in all processes but
+        the main one.
+
+    Raises:
+        RecipeError: If the recipe has no `convert` or no `evaluate`.
+        UptrainError: As `convert`, `finetune`, `evaluate` and `report` do.
+    """
+    if recipe.convert is None or recipe.evaluate is None:
+        missing = "convert" if recipe.convert is None else "evaluate"
+        raise RecipeError(
+            f"the recipe has no {missing}: section, which `uptrain run` needs; add it"
+        )
+    output = Path(recipe.output)
+    converted, folder = output / "converted", output / "report"
+    accelerator = make_accelerator(recipe)
+    if accelerator.is_main_process:
+        _convert(recipe.source, converted, recipe.convert)
+    accelerator.wait_for_everyone()
+    training = finetune(recipe.model_copy(update={"source": str(converted)}), resume=True)
+    if not training:
+        return {}
+    final = Path(training["final"])
+    evaluations = {
+        name: _evaluate(model, recipe.source, recipe.evaluate, folder / f"{name}.json")
+        for name, model in {"converted": converted, "final": final}.items()
+    }
+    for model, evaluation in ((converted, evaluations["converted"]), (final, evaluations["final"])):
+        card = model_card(read_json(model / RECORD), evaluation)
+        replace_file(model / MODEL_CARD, card.encode())
+    return {
+        "converted": str(converted),
+        "final": str(final),
+        "report_path": str(folder / "report.md"),
+        "training": training,
+        "evaluations": evaluations,
+        "report": report([output], folder),
+    }
+
+
+def _convert(source: str, target: Path, options: ConvertOptions) -> None:
+    if not target.exists():
+        convert(source, target, **options.model_dump())
+        return
+    record = read_json(target / RECORD)
+    settings = make_options(
+        **options.model_dump(exclude={"num_key_value_heads", "activation_bytes", "device"})
+    )
+    wanted = {
+        "source": resolve_source(source)[1],
+        "num_key_value_heads": options.num_key_value_heads,
+        **settings.describe(),
+    }
+    found = {
+        **{key: record.get(key) for key in wanted},
+        "source": record["source"]["name"],
+        "num_key_value_heads": record["num_key_value_heads"]["target"],
+    }
+    for key in wanted:
+        if found[key] != wanted[key]:
+            raise CheckpointError(
+                f"{target}: was converted with {key}={found[key]}, the recipe says {wanted[key]}; "
+                "remove it or choose another output"
+            )
+
+
+def _evaluate(model: Path, source: str, options: EvaluateOptions, kept: Path) -> dict[str, Any]:
+    """Evaluate a checkpoint against the original, unless that was done on the same inputs."""
+    data = Path(options.data)
+    inputs = {
+        **options.model_dump(),
+        "data": [data.stat().st_size, data.stat().st_mtime_ns] if data.exists() else None,
+        "model": hashlib.sha256((model / RECORD).read_bytes()).hexdigest(),
+    }
+    if kept.is_file():
+        known = read_json(kept)
+        if known.pop("inputs", None) == inputs:
+            return known
+    result = evaluate(
+        str(model),
+        data,
+        reference=source,
+        max_tokens=options.max_tokens,
+        sequence_length=options.sequence_length,
+    )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({**result, "inputs": inputs}, indent=2, ensure_ascii=False) + "\n"
+    replace_file(kept, content.encode())
+    return result

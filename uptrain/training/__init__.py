@@ -1,0 +1,1 @@
+"""Win back by a short training what a conversion lost."""
