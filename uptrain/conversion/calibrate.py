@@ -181,7 +181,7 @@ class _Work:
             self.advance(1, f"layer {index}")
             self._save(index, layer, source)
             return report
-        report.error = repair.repair_layer(
+        report.error, original = repair.repair_layer(
             self.streams,
             index,
             source,
@@ -194,7 +194,7 @@ class _Work:
             advance=self.advance,
         )
         self._save(index, layer, source)
-        self.streams.move(index, source, layer)
+        self.streams.move(index, source, layer, original)
         if not bool(self.streams.converted.isfinite().all()):
             raise CheckpointError(
                 f"{self.plan.checkpoint.name}: layer {index} gives activations that are not finite; "
@@ -221,7 +221,7 @@ class _Work:
             batches = [torch.where(order < width // 2, 1.0, -1.0)[None].to(self.probe)]
             run: Run = partial_of(self.source.run, layer, index)
         else:
-            batches = self.streams.batches(self.streams.converted)
+            batches = self.streams.some_batches(self.streams.converted)
             run = self.streams.run_source(layer, index)
         until_attention = repair.run_attention(layer, names, run)
         total: Tensor | None = None

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _WARMUP_STEPS = 5
-_MUON_RMS = 0.2  # torch's Muon with match_rms_adamw moves a tensor by this part of the rate
+_MOMENTUM = 0.95
+# Newton-Schulz iteration of Muon (Jordan et al. 2024), as torch.optim.Muon has it too; that one works
+# in bfloat16, which a CPU without such units does three times slower than float32.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
 
 Run = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -60,44 +63,62 @@ def fit_layer(
         advance: Called after each step with its loss.
     """
     parameters = {n: p for n, p in layer.named_parameters() if n in fit.rates}
-    for parameter in layer.parameters():
-        parameter.requires_grad_(False)
+    layer.requires_grad_(False)
     start = {n: p.detach().clone() for n, p in parameters.items()}
-    optimizers: list[Any] = []
-    matrices: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(True)
-        size = float(parameter.detach().square().mean().sqrt())
-        group = {"params": [parameter], "rate": fit.rates[name] * size, "name": name}
-        (matrices if fit.orthogonal and parameter.dim() == 2 else others).append(group)
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        )
-    if others:
-        optimizers.append(torch.optim.Adam(others, betas=(0.9, 0.95), eps=1e-12))
-    generator = torch.Generator().manual_seed(seed)
-    order = _orders(len(inputs), fit.batch, generator)
+    # A tensor of zeros (a bias, mostly) has no size of its own and stays.
+    rates = {n: fit.rates[n] * float(start[n].square().mean().sqrt()) for n in parameters}
+    orthogonal = {n for n, p in parameters.items() if fit.orthogonal and p.dim() == 2}
+    momenta = {n: torch.zeros_like(start[n]) for n in orthogonal}
+    others = {n: p for n, p in parameters.items() if n not in orthogonal}
+    groups = [{"params": [p], "rate": rates[n]} for n, p in others.items()]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
+    order = _orders(len(inputs), fit.batch, torch.Generator().manual_seed(seed))
     device = next(layer.parameters()).device
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     for step in range(fit.steps):
         factor = _schedule(step, fit.steps)
         chosen = next(order).to(inputs.device)
-        entering = inputs[chosen].to(device).float()
-        value = loss(run(entering), targets[chosen].to(device).float())
+        value = loss(run(inputs[chosen].to(device).float()), targets[chosen].to(device).float())
         value.backward()
-        for optimizer in optimizers:
-            scale = 1 / _MUON_RMS if isinstance(optimizer, torch.optim.Muon) else 1.0
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * factor * scale
-            optimizer.step()
-            optimizer.zero_grad()
         with torch.no_grad():
+            for name in orthogonal:
+                gradient = parameters[name].grad
+                assert gradient is not None
+                momenta[name].lerp_(gradient, 1 - _MOMENTUM)
+                ahead = gradient.lerp(momenta[name], _MOMENTUM)  # Nesterov's
+                scale = rates[name] * factor * max(gradient.shape) ** 0.5
+                parameters[name].sub_(orthogonalize(ahead), alpha=scale)
+            if adam is not None:
+                for group in adam.param_groups:
+                    group["lr"] = group["rate"] * factor
+                adam.step()
             for name, parameter in parameters.items():
                 parameter.lerp_(start[name], fit.decay * fit.rates[name] * factor)
+                parameter.grad = None
         advance(float(value.detach()))
-    for parameter in layer.parameters():
-        parameter.requires_grad_(False)
+    layer.requires_grad_(False)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Bring all singular values of a matrix near 1, by Newton-Schulz iteration.
+
+    Args:
+        matrix: [rows, columns].
+
+    Returns:
+        The same shape, float32; in bfloat16 arithmetic on a GPU.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    work = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    tall = work.shape[0] > work.shape[1]
+    work = work.mT if tall else work
+    work = work / (work.norm() + 1e-12)
+    for _ in range(_ITERATIONS):
+        gram = work @ work.mT
+        work = a * work + (b * gram + c * gram @ gram) @ work
+    result: Tensor = (work.mT if tall else work).float()
+    return result
 
 
 def _schedule(step: int, steps: int) -> float:

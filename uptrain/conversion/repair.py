@@ -5,7 +5,7 @@ converted layers before it; its targets are what the original's residual stream 
 layer also repairs the drift of the layers before it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -44,7 +44,7 @@ def repair_layer(
     steps: int,
     seed: int,
     advance: Advance,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor | None]:
     """Refit and reconstruct a merged layer, in place.
 
     First the output projection is solved anew, then the attention's projections are fitted to the
@@ -64,7 +64,8 @@ def repair_layer(
         advance: Progress.
 
     Returns:
-        Relative error of the residual stream behind the layer, after each step.
+        Relative error of the residual stream behind the layer, after each step, and what leaves the
+        original layer [sequences, length, hidden_size], if that was computed.
     """
     title = f"layer {index}"
     errors: dict[str, float] = {}
@@ -80,11 +81,14 @@ def repair_layer(
     # One set of targets at a time: activations are what takes the memory.
     targets = streams.map(wanted, streams.original)
     if plain and refit:
-        refit_output(layer, names, run, streams.converted, targets, streams.batch)
+        pairs = zip(
+            streams.some_batches(streams.converted), streams.some_batches(targets), strict=True
+        )
+        refit_output(layer, names, run, pairs)
         errors["refit"] = streams.error(run, original)
     if not steps:
         advance(1, title)
-        return errors
+        return errors, None if plain else targets
     attention = {
         name: ATTENTION_RATE
         for name, _ in layer.named_parameters()
@@ -120,7 +124,7 @@ def repair_layer(
         loss,
     )
     errors["layer"] = streams.error(run, original)
-    return errors
+    return errors, targets
 
 
 def _fit(
@@ -244,7 +248,7 @@ def is_plain(layer: nn.Module, names: AttentionNames, run: Run, hidden: Tensor) 
 
 @torch.no_grad()
 def refit_output(
-    layer: nn.Module, names: AttentionNames, run: Run, inputs: Tensor, targets: Tensor, batch: int
+    layer: nn.Module, names: AttentionNames, run: Run, pairs: Iterable[tuple[Tensor, Tensor]]
 ) -> Refit:
     """Solve the output projection of a plain block anew and put it into the layer.
 
@@ -252,9 +256,8 @@ def refit_output(
         layer: The converted layer.
         names: Where its attention block is.
         run: Runs the whole layer.
-        inputs: [sequences, length, hidden_size], what enters it.
-        targets: The same shape: input plus attention of the original.
-        batch: Sequences at a time.
+        pairs: Batches [sequences, length, hidden_size] of what enters it, and of what input plus
+            attention are in the original.
     """
     projection = layer.get_submodule(f"{names.module}.{names.output}")
     assert isinstance(projection, nn.Linear)
@@ -267,7 +270,7 @@ def refit_output(
     handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     until_attention = run_attention(layer, names, run)
     try:
-        for entering, wanted in zip(inputs.split(batch), targets.split(batch), strict=True):
+        for entering, wanted in pairs:
             entering, wanted = entering.to(device).float(), wanted.to(device).float()
             seen.clear()
             until_attention(entering)

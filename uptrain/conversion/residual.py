@@ -11,7 +11,8 @@ from uptrain.conversion.stream import LayerStream
 
 STEP_TOKENS = 4096
 """Tokens that go through a layer at once."""
-_ERROR_PART = 16  # errors are measured on every so many batches
+_MOMENT_TOKENS = 65_536  # second moments of so many tokens differ little from those of more
+_ERROR_TOKENS = 4096
 
 
 class ResidualStreams:
@@ -72,9 +73,14 @@ class ResidualStreams:
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
             return stream.run(layer, index, hidden)
 
-    def batches(self, hidden: Tensor, every: int = 1) -> list[Tensor]:
-        """Cut activations in batches, on the device and in float32 once they are used."""
-        return list(hidden.split(self.batch))[::every]
+    def batches(self, hidden: Tensor) -> list[Tensor]:
+        """Cut activations in batches."""
+        return list(hidden.split(self.batch))
+
+    def some_batches(self, hidden: Tensor, tokens: int = _MOMENT_TOKENS) -> list[Tensor]:
+        """Cut activations in batches and take about `tokens` of them, evenly."""
+        every = max(1, hidden.shape[0] * hidden.shape[1] // tokens)
+        return self.batches(hidden)[::every]
 
     def to_device(self, hidden: Tensor) -> Tensor:
         """Bring a batch where layers run, in float32."""
@@ -90,10 +96,10 @@ class ResidualStreams:
 
     @torch.no_grad()
     def error(self, target: Run, source: Run) -> float:
-        """Relative error of the residual stream behind a layer, on a sixteenth of the tokens."""
+        """Relative error of the residual stream behind a layer, on some of the tokens."""
         pairs = zip(
-            self.batches(self.converted, _ERROR_PART),
-            self.batches(self.original, _ERROR_PART),
+            self.some_batches(self.converted, _ERROR_TOKENS),
+            self.some_batches(self.original, _ERROR_TOKENS),
             strict=True,
         )
         errors = [
@@ -102,7 +108,18 @@ class ResidualStreams:
         ]
         return sum(errors) / len(errors)
 
-    def move(self, index: int, source: nn.Module, layer: nn.Module) -> None:
-        """Move both streams behind a layer that is finished."""
-        self.map(self.run_source(source, index), self.original, self.original)
+    def move(
+        self, index: int, source: nn.Module, layer: nn.Module, original: Tensor | None = None
+    ) -> None:
+        """Move both streams behind a layer that is finished.
+
+        Args:
+            index: Its place in the stack.
+            source: The original layer.
+            layer: The converted one.
+            original: What leaves the original layer, if that is known already.
+        """
+        if original is None:
+            original = self.map(self.run_source(source, index), self.original, self.original)
+        self.original = original
         self.map(self.run_target(layer, index), self.converted, self.converted)
