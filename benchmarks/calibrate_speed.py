@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -47,7 +47,9 @@ def make_checkpoint(folder: Path, tokenizer: Path, layers: int) -> None:
     write_json(folder / "config.json", config)
     for path in tokenizer.glob("tokenizer*"):
         shutil.copyfile(path, folder / path.name)
-    shapes = {"model.embed_tokens.weight": (config["vocab_size"], HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], HIDDEN)
+    }
     for index in range(layers):
         layer = f"model.layers.{index}"
         shapes |= {f"{layer}.self_attn.{p}_proj.weight": (HIDDEN, HIDDEN) for p in "qkvo"}
@@ -69,7 +71,7 @@ def make_checkpoint(folder: Path, tokenizer: Path, layers: int) -> None:
     write_tensors(folder, [TensorSpec(n, "BF16", s) for n, s in shapes.items()], data)
 
 
-def timed(owner: Any, name: str, label: str, seconds: Counter[str]) -> None:
+def timed(owner: Any, name: str, label: str, seconds: dict[str, float]) -> None:
     """Count the seconds that go into a function, inner timed ones apart."""
     function: Callable[..., Any] = getattr(owner, name)
 
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=ALL_LAYERS)
     options = parser.parse_args()
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     timed(LayerStream, "layer", "load a layer", seconds)
     timed(calibrate, "find_freedom", "probe its freedom", seconds)
     timed(calibrate, "merge_heads", "group and factorize", seconds)
@@ -108,7 +110,7 @@ def main() -> None:
         total = time.perf_counter() - begun
     seconds["all else"] = total - sum(seconds.values())
     print(f"{'step':<22}{'seconds':>9}{'of all':>9}")
-    for label, value in seconds.most_common():
+    for label, value in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{label:<22}{value:>9.1f}{value / total:>9.1%}")
     print(f"{'in all':<22}{total:>9.1f}")
     if options.layers < ALL_LAYERS:

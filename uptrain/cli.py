@@ -208,6 +208,14 @@ def convert(
         title = f"{result['source']} → {target}"
         rows.append(("next", f"uptrain evaluate {target} --reference {source} --data TEXT"))
     _print_rows(title, rows)
+    if result.get("choices"):
+        click.echo("\n  KV heads   KV cache a token   V discarded   K discarded")
+        for choice in result["choices"]:
+            lost, cached = choice["discarded_energy"], choice["kv_cache_bytes_per_token"]
+            click.echo(
+                f"  {choice['num_key_value_heads']:>8}   {cached:>10,} bytes   "
+                f"{lost['value']:>11.1%}   {lost['key']:>11.1%}"
+            )
     if result.get("layers"):
         click.echo()
         _print_layers(result["layers"])

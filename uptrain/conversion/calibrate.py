@@ -6,8 +6,7 @@ interrupted work goes on behind the last finished one.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from uptrain.checkpoint.reader import DTYPES, read_json
 from uptrain.checkpoint.writer import replace_file
 from uptrain.conversion import repair
 from uptrain.conversion.attention import (
+    AttentionHeads,
     AttentionNames,
     check_all_merged,
     find_attention,
@@ -30,22 +30,22 @@ from uptrain.conversion.attention import (
 )
 from uptrain.conversion.finished import LayerReport, fingerprint, layer_path, open_partial
 from uptrain.conversion.fit import Run
-from uptrain.conversion.freedom import find_freedom
-from uptrain.conversion.merge import merge_heads
+from uptrain.conversion.freedom import Freedom, find_freedom
+from uptrain.conversion.merge import Losses, merge_heads
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan
 from uptrain.conversion.residual import ResidualStreams
-from uptrain.conversion.sample import draw_blocks
+from uptrain.conversion.sample import draw_calibration
 from uptrain.conversion.stream import LayerStream
 from uptrain.errors import CheckpointError, UptrainError
 from uptrain.families import registry
-from uptrain.loading import context_length, load_tokenizer, pick_device
+from uptrain.loading import pick_device
 from uptrain.progress import progress
 
 PASSES = 6
 """Passes over the calibration tokens for each layer, if no number of steps is given."""
-_MAX_LENGTH = 2048
 _PROBE_TOKENS = 32
+_SURVEY_TOKENS = 65_536
 
 
 def merge_layers(
@@ -70,7 +70,7 @@ def merge_layers(
         UptrainError: If the device is missing or its memory too small.
     """
     device = pick_device(options.device if options.calibration or options.device else "cpu")
-    tokens = _draw(plan, options) if options.calibration else None
+    tokens = draw_calibration(plan.checkpoint, options) if options.calibration else None
     open_partial(partial, fingerprint(plan, options, tokens))
     try:
         return _Work(plan, options, partial, device, tokens, code).run()
@@ -79,6 +79,28 @@ def merge_layers(
             f"device {device}: its memory is too small for a layer and the activations; lower "
             "--activation-bytes or --calibration-tokens, or use --device cpu"
         ) from error
+
+
+def survey(plan: Plan, options: Options, code: Path | None = None) -> list[dict[str, Any]]:
+    """Say what each possible number of KV heads would discard.
+
+    Args:
+        plan: A conversion of the checkpoint; its own number of KV heads plays no part.
+        options: Method, grouping and calibration text; at most 65,536 tokens of it are used.
+        code: The checkpoint's folder if its own Python code may be executed.
+
+    Returns:
+        From most to fewest: `num_key_value_heads`, `kv_cache_bytes_per_token`, and the parts of the
+        `value` and `key` energy that are discarded, averaged over the layers.
+
+    Raises:
+        As `merge_layers` does.
+    """
+    options = replace(options, calibration_tokens=min(options.calibration_tokens, _SURVEY_TOKENS))
+    device = pick_device(options.device)
+    return _Work(
+        plan, options, Path(), device, draw_calibration(plan.checkpoint, options), code
+    ).survey()
 
 
 class _Work:
@@ -137,36 +159,76 @@ class _Work:
         return PASSES * (len(self.streams.original) // self.streams.batch)
 
     @torch.no_grad()
-    def _layer(self, index: int) -> LayerReport:
-        report = LayerReport(index)
-        layouts = self.layouts.get(index)
-        source = self.source.layer(index)
-        if layouts is None:  # no attention here
-            self.advance(max(1, self._steps()), f"layer {index}, no attention")
-            if self.streams is not None:
-                self.streams.move(index, source, source)
-            return report
-        heads = self.plan.heads
-        state = source.state_dict()
-        names = find_attention({n: t.shape for n, t in state.items()}, layouts, heads)
-        self._check_finite(state, names, index)
-        parts = read_heads(state, names, heads)
-
-        def run_with(changed: Any) -> Tensor:
-            state_now = {
-                n: t.to(self.device, torch.float32) for n, t in write_heads(changed, names).items()
+    def survey(self) -> list[dict[str, Any]]:
+        """What each possible number of KV heads would discard, averaged over the layers."""
+        K = self.plan.heads.num_key_value_heads
+        counts = registry.possible_head_counts(self.plan.checkpoint.config)
+        lost: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
+        with progress("survey", len(self.source), "layers") as advance:
+            for index in range(len(self.source)):
+                source = self.source.layer(index)
+                if index in self.layouts:
+                    names, parts, freedom = self._examine(index, source)
+                    losses = Losses(parts, freedom, self._moment(source, names, index))
+                    for count in counts:
+                        groups = losses.choose_groups(count, self.options.grouping, index)
+                        lost[count].append(losses.discarded(groups))
+                if self.streams is not None:
+                    self.streams.move(index, source, source)
+                advance(1)
+        cached = self.plan.kv_cache_bytes_per_token
+        return [
+            {
+                "num_key_value_heads": count,
+                "kv_cache_bytes_per_token": cached * count // K,
+                "discarded_energy": {
+                    "value": sum(value for value, _ in lost[count]) / len(lost[count]),
+                    "key": sum(key for _, key in lost[count]) / len(lost[count]),
+                },
             }
+            for count in reversed(counts)
+        ]
+
+    def _examine(
+        self, index: int, source: nn.Module
+    ) -> tuple[AttentionNames, AttentionHeads, Freedom]:
+        """Take a layer's attention block apart and probe what may be done to it."""
+        state = source.state_dict()
+        layouts = self.layouts[index]
+        names = find_attention({n: t.shape for n, t in state.items()}, layouts, self.plan.heads)
+        check_all_merged(layouts, names)
+        for name, tensor in state.items():
+            if not bool(tensor.isfinite().all()):
+                raise CheckpointError(
+                    f"{self.plan.checkpoint.folder}: tensor {self.stack}.{index}.{name} has NaN or infinite "
+                    "values; the checkpoint is damaged, fetch it again"
+                )
+        parts = read_heads(state, names, self.plan.heads)
+
+        def run_with(changed: AttentionHeads) -> Tensor:
+            state_now = {n: t.float() for n, t in write_heads(changed, names).items()}
             source.load_state_dict(state_now, strict=False)
             return self.source.run(source, index, self.probe)
 
         freedom = find_freedom(parts, run_with, self.rotary_dims)
         run_with(parts)  # puts the original weights back
+        return names, parts, freedom
+
+    @torch.no_grad()
+    def _layer(self, index: int) -> LayerReport:
+        report = LayerReport(index)
+        source = self.source.layer(index)
+        if index not in self.layouts:  # no attention here
+            self.advance(max(1, self._steps()), f"layer {index}, no attention")
+            if self.streams is not None:
+                self.streams.move(index, source, source)
+            return report
+        names, parts, freedom = self._examine(index, source)
         report.freedom = asdict(freedom)
-        moment = self._moment(source, names, index)
         merged = merge_heads(
             parts,
             freedom,
-            moment,
+            self._moment(source, names, index),
             self.plan.num_key_value_heads,
             method=self.options.method,
             grouping=self.options.grouping,
@@ -175,7 +237,6 @@ class _Work:
         report.groups = merged.groups
         report.discarded_energy = {"value": merged.discarded_value, "key": merged.discarded_key}
         replaced = {n: t.float() for n, t in write_heads(merged.parts, names).items()}
-        check_all_merged(layouts, names)
         layer = self.target.layer(index, replaced)
         if self.streams is None:
             self.advance(1, f"layer {index}")
@@ -242,14 +303,6 @@ class _Work:
         moment = total / tokens
         return moment if self.streams is not None else moment.diagonal().diag()
 
-    def _check_finite(self, state: Mapping[str, Tensor], names: AttentionNames, index: int) -> None:
-        for name, tensor in state.items():
-            if not bool(tensor.isfinite().all()):
-                raise CheckpointError(
-                    f"{self.plan.checkpoint.name}: tensor {self.stack}.{index}.{name} has NaN or infinite values; "
-                    "the checkpoint is damaged, fetch it again"
-                )
-
     def _save(self, index: int, layer: nn.Module, source: nn.Module) -> None:
         """Write down the tensors that the conversion changed, rounded to the dtype of the files.
 
@@ -265,19 +318,3 @@ class _Work:
                 tensor.copy_(rounded)
                 changed[known[name]] = rounded.cpu().contiguous()
         replace_file(layer_path(self.partial, index), safetensors.torch.save(changed))
-
-
-def _draw(plan: Plan, options: Options) -> Tensor:
-    assert options.calibration is not None
-    checkpoint = plan.checkpoint
-    tokenizer = load_tokenizer(checkpoint)
-    config = registry.parse_config(checkpoint.config)
-    length = min(context_length(config) or _MAX_LENGTH, _MAX_LENGTH)
-    return draw_blocks(
-        options.calibration,
-        tokenizer,
-        options.calibration_tokens,
-        length,
-        options.seed,
-        config.get_text_config().vocab_size,
-    )

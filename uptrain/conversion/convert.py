@@ -33,7 +33,7 @@ from uptrain.checkpoint.writer import (
     write_json,
     write_tensors,
 )
-from uptrain.conversion.calibrate import merge_layers
+from uptrain.conversion.calibrate import merge_layers, survey
 from uptrain.conversion.finished import LayerReport, finished_tensors
 from uptrain.conversion.options import DEFAULT_TOKENS, Options, make_options
 from uptrain.conversion.plan import Plan, plan_conversion
@@ -88,7 +88,8 @@ def convert(
         max_shard_bytes: Largest size of a weight file.
         overwrite: Replace an existing checkpoint at `target`.
         trust_remote_code: Let transformers execute Python code that lies in the source.
-        dry_run: Check everything and write nothing.
+        dry_run: Check everything and write nothing; with a calibration, say what each possible number of
+            KV heads would discard.
 
     Returns:
         What changes: heads, tensors, bytes, and a report for each layer that was merged by `align`,
@@ -123,6 +124,8 @@ def convert(
     _check_disk(plan, target)
     result = {**plan.summary(), "target": str(target), **options.describe()}
     if dry_run:
+        if options.calibration is not None:
+            result["choices"] = survey(plan, options, code)
         return result
     partial = side_folders(Path(os.path.abspath(target)))[2]
     with staged_folder(target, overwrite) as folder:

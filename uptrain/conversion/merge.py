@@ -53,20 +53,10 @@ def merge_heads(
             `contiguous`.
         seed: Of the free basis of shared heads.
     """
-    K, G = len(parts.key), num_key_value_heads
-    value_cost, value_total = _value_cost(parts, freedom, moment)
-    key_cost, key_total = _key_cost(parts, freedom, moment)
-
-    def cost(group: tuple[int, ...]) -> float:
-        return value_cost(group) / value_total + key_cost(group) / key_total
-
-    groups = contiguous(K, G)
-    if grouping == "search" and freedom.reorder and 1 < G < K:
-        pairs = None
-        if K >= _PAIRWISE_FROM:
-            pairs = [[cost((a, b)) if a < b else 0.0 for b in range(K)] for a in range(K)]
-            pairs = [[pairs[min(a, b)][max(a, b)] for b in range(K)] for a in range(K)]
-        groups = search(K, G, cost, pair_cost=pairs, seed=seed)
+    G = num_key_value_heads
+    losses = Losses(parts, freedom, moment)
+    groups = losses.choose_groups(G, grouping, seed)
+    value, key = losses.discarded(groups)
     merged = [
         _merge_group(parts.reordered(torch.tensor(group)), freedom, moment, method, seed + index)
         for index, group in enumerate(groups)
@@ -84,9 +74,48 @@ def merge_heads(
             gate=gate,
         ),
         groups,
-        sum(value_cost(tuple(group)) for group in groups) / value_total,
-        sum(key_cost(tuple(group)) for group in groups) / key_total,
+        value,
+        key,
     )
+
+
+class Losses:
+    """What merging any heads of one attention block would discard."""
+
+    def __init__(self, parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> None:
+        """Form the inner products of all heads, from which every group's loss follows.
+
+        Args:
+            parts: The block's weights, K KV heads.
+            freedom: What changes of basis the block allows.
+            moment: [inputs, inputs], as in `merge_heads`.
+        """
+        self._heads, self._reorder = len(parts.key), freedom.reorder
+        self._value, self._value_total = _value_cost(parts, freedom, moment)
+        self._key, self._key_total = _key_cost(parts, freedom, moment)
+        self._pairs: list[list[float]] | None = None
+
+    def choose_groups(self, num_key_value_heads: int, grouping: str, seed: int = 0) -> Groups:
+        """Choose which heads are merged: neighbours, or those that lose least together."""
+        K, G = self._heads, num_key_value_heads
+        if grouping != "search" or not self._reorder or G in (1, K):
+            return contiguous(K, G)
+        if K >= _PAIRWISE_FROM and self._pairs is None:
+            costs = [[self._cost((a, b)) for b in range(a + 1, K)] for a in range(K)]
+            self._pairs = [
+                [0.0 if a == b else costs[min(a, b)][abs(a - b) - 1] for b in range(K)]
+                for a in range(K)
+            ]
+        return search(K, G, self._cost, pair_cost=self._pairs, seed=seed)
+
+    def discarded(self, groups: Groups) -> tuple[float, float]:
+        """Parts of the value-output energy and of the scores' that these groups discard, 0 … 1."""
+        members = [tuple(group) for group in groups]
+        value = sum(map(self._value, members)) / self._value_total
+        return value, sum(map(self._key, members)) / self._key_total
+
+    def _cost(self, group: tuple[int, ...]) -> float:
+        return self._value(group) / self._value_total + self._key(group) / self._key_total
 
 
 def _merge_group(

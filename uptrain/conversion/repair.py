@@ -72,7 +72,8 @@ def repair_layer(
     run = streams.run_target(layer, index)
     original = streams.run_source(source, index)
     errors["merged"] = streams.error(run, original)
-    plain = is_plain(source, names, original, probe)
+    # Probed in float32: rounding would hide what is plain.
+    plain = is_plain(source, names, partial(streams.source.run, source, index), probe)
     wanted: Run = original
     reach: Run = run
     if plain:

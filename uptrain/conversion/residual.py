@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from uptrain.conversion.fit import Run, relative_error
 from uptrain.conversion.stream import LayerStream
 
-STEP_TOKENS = 4096
-"""Tokens that go through a layer at once."""
+_STEP_TOKENS = 4096
+"""Tokens of one step; a wide layer takes more, so that a step's update does not outweigh its gradient."""
 _MOMENT_TOKENS = 65_536  # second moments of so many tokens differ little from those of more
 _ERROR_TOKENS = 4096
 
@@ -36,12 +36,13 @@ class ResidualStreams:
         """
         self.source, self.target, self._device = source, target, source.device
         length = tokens.shape[1]
-        self.batch = max(1, min(len(tokens), STEP_TOKENS // length))
+        first = source.embed(tokens[:1])
+        step_tokens = max(_STEP_TOKENS, 2 * first.shape[-1])
+        self.batch = max(1, min(len(tokens), step_tokens // length))
         """Sequences at a time."""
         usable = len(tokens) - len(tokens) % self.batch
         # bfloat16 halves the activations on a GPU; its rounding is far below the error to repair.
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        first = source.embed(tokens[:1])
         # Both streams and one set of targets.
         needed = 3 * usable * length * first.shape[-1] * dtype.itemsize
         place = self._device if self._fits(needed, activation_bytes) else torch.device("cpu")

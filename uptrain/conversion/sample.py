@@ -9,12 +9,39 @@ from typing import Any
 import numpy as np
 import torch
 
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.options import Options
 from uptrain.data import encode_documents, read_documents
 from uptrain.errors import DataError
+from uptrain.families.registry import parse_config
+from uptrain.loading import context_length, load_tokenizer
 
 # A passage of so many characters for each token of a block holds more than a block in most languages,
 # so that a block can start anywhere in it.
 _CHARACTERS_PER_TOKEN = 8
+_MAX_LENGTH = 2048
+
+
+def draw_calibration(checkpoint: Checkpoint, options: Options) -> torch.Tensor:
+    """Draw the calibration text of a conversion, in blocks of the model's context (at most 2048).
+
+    Returns:
+        [blocks, length], int64.
+
+    Raises:
+        CheckpointError: If the checkpoint has no tokenizer.
+        DataError: As `draw_blocks` does.
+    """
+    assert options.calibration is not None
+    config = parse_config(checkpoint.config)
+    return draw_blocks(
+        options.calibration,
+        load_tokenizer(checkpoint),
+        options.calibration_tokens,
+        min(context_length(config) or _MAX_LENGTH, _MAX_LENGTH),
+        options.seed,
+        config.get_text_config().vocab_size,
+    )
 
 
 def draw_blocks(
