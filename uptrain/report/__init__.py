@@ -70,6 +70,10 @@ def _draw(runs: Sequence[Mapping[str, Any]], output: Path) -> list[str]:
     if curves:
         _publish(output / "loss.png", lambda path: plots.draw_loss(path, curves))
         drawn.append("loss.png")
+    if len(runs) == 1 and runs[0]["layers"]:
+        layers = runs[0]["layers"]
+        _publish(output / "layers.png", lambda path: plots.draw_layers(path, layers))
+        drawn.append("layers.png")
     points = [point for run in runs if (point := _point(run)) is not None]
     if len(runs) > 1 and points:
         _publish(output / "comparison.png", lambda path: plots.draw_comparison(path, points))

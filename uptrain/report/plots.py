@@ -1,6 +1,6 @@
 """The pictures of a report, drawn with matplotlib (extra `report`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,6 +110,35 @@ def draw_comparison(path: Path, points: Sequence[Point]) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title("○ converted   ● after uptraining", color=_FAINT, fontsize=10)
+        _draw_legend(axes)
+        _save(figure, path)
+
+
+def draw_layers(path: Path, layers: Sequence[Mapping[str, Any]]) -> None:
+    """Draw what each layer lost and how far each repair step brought it back.
+
+    Args:
+        path: The PNG to write.
+        layers: As `uptrain.json` holds them: `layer`, `discarded_energy`, `error` by step.
+    """
+    known = [layer for layer in layers if layer["discarded_energy"]]
+    steps = list(dict.fromkeys(step for layer in known for step in layer["error"]))
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure("layer", "part of the energy that is discarded")
+        positions = [layer["layer"] for layer in known]
+        if steps:
+            axes.set_ylabel("relative error of the residual stream")
+            axes.set_yscale("log")
+            for step, colour in zip(steps, _COLOURS, strict=False):
+                errors = [layer["error"].get(step, np.nan) for layer in known]
+                axes.plot(positions, errors, marker="o", markersize=4, color=colour, label=step)
+        else:
+            for part, colour in zip(("value", "key"), _COLOURS, strict=False):
+                lost = [layer["discarded_energy"][part] for layer in known]
+                axes.plot(positions, lost, marker="o", markersize=4, color=colour, label=part)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         _draw_legend(axes)
         _save(figure, path)
 

@@ -58,7 +58,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
     training = _read_training(folder / TRAINING_LOG)
     if training is not None:
         training |= _pick_share(records, training["tokens"])
-    if not evaluations and training is None:
+    layers: list[Any] = next((r["layers"] for r in records if r.get("layers")), [])
+    if not evaluations and training is None and not layers:
         raise UptrainError(
             f"{folder}: holds no result; expected report/original.json, {EVALUATION} or "
             f"{TRAINING_LOG}, as `uptrain run`, `evaluate --output` and `finetune` leave them"
@@ -68,6 +69,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         "name": folder.resolve().name,
         "evaluations": evaluations,
         "conversion": conversion,
+        "layers": layers,
         "training": training,
         "versions": next((r["versions"] for r in records if "versions" in r), None),
     }

@@ -27,6 +27,7 @@ _COSTS = (
 )
 _PLOTS = {
     "loss.png": "Training and validation loss over tokens",
+    "layers.png": "What each layer lost, and how far each repair brought it back",
     "comparison.png": "Loss over the original against KV-cache bytes a token",
 }
 
@@ -53,6 +54,10 @@ def verdict(run: Mapping[str, Any]) -> str:
         sentences.append(
             f"trained for {training['steps']:,} steps to a training loss of {training['loss']:.3f}"
         )
+    if not sentences and run["conversion"]:
+        heads = run["conversion"]["num_key_value_heads"]
+        method = run["conversion"]["method"]
+        sentences.append(f"converted by {method} to {heads['target']} KV heads, not yet evaluated")
     text = "; ".join(sentences)
     return text[:1].upper() + text[1:] + "." if not text[:1].isdigit() else text + "."
 
