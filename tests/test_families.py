@@ -71,6 +71,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "laurel_rank": 4,
         "intermediate_size": 48,
     },
+    "gemma4_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+    },
+    "gemma4_unified_text": {
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 4,
+    },
     "glm": {},
     "glm4": {},
     "glm4_moe": {},
@@ -238,7 +251,11 @@ def test_latent_attention_is_refused(model_type: str) -> None:
         ("gpt2", {}, "needs a rewrite into another one"),
         ("falcon", {"new_decoder_architecture": False}, "only falcon's new decoder architecture"),
         ("llava", {}, r"KV heads are set in text_config\.num_key_value_heads"),
-        ("gemma4_text", {}, "its layers have different numbers of KV heads"),
+        (
+            "gemma4_text",
+            {"attention_k_eq_v": True, "num_global_key_value_heads": 2},
+            "its layers have different",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

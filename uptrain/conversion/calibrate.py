@@ -275,11 +275,13 @@ class _Work:
         projection = layer.get_submodule(f"{names.module}.{names.key}")
         handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         if self.streams is None:
-            # Balanced signs pass a norm unchanged: what is seen is its gain, C = diag(γ²).
+            # Balanced signs pass a norm unchanged: what is seen is its gain, C = diag(γ²). Each row goes
+            # with its negative, so that a LayerNorm's offset does not mix with the gain.
             width = self.probe.shape[-1]
             generator = torch.Generator().manual_seed(0)
             order = torch.rand(_PROBE_TOKENS, width, generator=generator).argsort(-1)
-            batches = [torch.where(order < width // 2, 1.0, -1.0)[None].to(self.probe)]
+            signs = torch.where(order < width // 2, 1.0, -1.0)
+            batches = [torch.cat([signs, -signs])[None].to(self.probe)]
             run: Run = partial_of(self.source.run, layer, index)
         else:
             batches = self.streams.some_batches(self.streams.converted)
@@ -301,7 +303,14 @@ class _Work:
             handle.remove()
         assert total is not None
         moment = total / tokens
-        return moment if self.streams is not None else moment.diagonal().diag()
+        if self.streams is not None:
+            return moment
+        # Jin et al. align without weights; measured, weighting by the gain makes that worse.
+        return (
+            torch.eye(len(moment)).to(moment)
+            if self.options.method == "align"
+            else moment.diagonal().diag()
+        )
 
     def _save(self, index: int, layer: nn.Module, source: nn.Module) -> None:
         """Write down the tensors that the conversion changed, rounded to the dtype of the files.

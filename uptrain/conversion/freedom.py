@@ -76,9 +76,9 @@ def find_freedom(
     absorbed = torch.einsum("kqhd,kde->kqhe", parts.output, torch.linalg.inv(turn))
     value = Basis.FULL if allows(changed, replace(changed, output=absorbed)) else Basis.FIXED
 
-    order = torch.randperm(len(parts.key), generator=generator).roll(1).to(parts.key.device)
+    order = torch.arange(len(parts.key)).roll(1).to(parts.key.device)  # every head moves
     moved_kv = replace(parts, key=parts.key[order], value=parts.value[order])
-    # With one KV head, or a draw that moves none, there is nothing to reorder.
+    # With one KV head there is nothing to reorder.
     reorder = len(parts.key) > 1 and allows(moved_kv, parts.reordered(order))
 
     d = parts.key.shape[1]

@@ -27,9 +27,9 @@ LAST_RATE = 0.005
 """Of the last layer, which is fitted to the original's logits, with Adam."""
 ATTENTION_DECAY, LAYER_DECAY = 0.3, 1.0
 LOGITS_EVERY = 2
-"""The last layer is fitted to the logits of every so many tokens."""
+"""The last layer is fitted to the logits of every so many tokens, or fewer of a large vocabulary."""
 _ATTENTION_PART = 2 / 3  # of the steps
-_LOGITS = 2**27  # most logits of one step of the last layer
+_LOGITS = 2**27  # most logits of one step
 
 
 def repair_layer(
@@ -107,11 +107,12 @@ def repair_layer(
         name: LAYER_RATE if name in attention else MLP_RATE
         for name in _trainable(streams, index, layer)
     }
-    batch, loss = streams.batch, relative_error
+    batch = streams.batch
+    loss: Loss = relative_error
     if is_last:
-        rates, loss = dict.fromkeys(rates, LAST_RATE), partial(_divergence, streams)
-        logits = streams.converted.shape[1] // LOGITS_EVERY * streams.source.vocabulary
-        batch = max(1, min(batch, _LOGITS // logits))
+        rates = dict.fromkeys(rates, LAST_RATE)
+        logits = batch * streams.converted.shape[1] * streams.source.vocabulary
+        loss = partial(_divergence, streams, max(LOGITS_EVERY, -(-logits // _LOGITS)))
     fit = Fit(rates, steps - first, batch, LAYER_DECAY, orthogonal=not is_last)
     _fit(
         streams,
@@ -152,9 +153,9 @@ def _fit(
         )
 
 
-def _divergence(streams: ResidualStreams, output: Tensor, target: Tensor) -> Tensor:
+def _divergence(streams: ResidualStreams, apart: int, output: Tensor, target: Tensor) -> Tensor:
     """KL(original ‖ converted) behind the last layer; the head and final norm stay as they are."""
-    every = slice(LOGITS_EVERY // 2, None, LOGITS_EVERY)
+    every = slice(apart // 2, None, apart)
     with torch.no_grad():
         wanted = streams.source.logits(target[:, every]).float().log_softmax(-1)
     found = streams.source.logits(output[:, every]).float().log_softmax(-1)

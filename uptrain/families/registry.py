@@ -128,7 +128,9 @@ def family_of(config: Mapping[str, Any], code: Path | None = None) -> Family:
         family.requires and all(config.get(key) == value for key, value in family.requires.items())
     ):
         raise UnsupportedFamilyError(f"{model_type}: cannot be converted: {family.refusal}")
-    if "per_layer_config" in config:
+    overrides = config.get("per_layer_config")
+    layers = overrides.values() if isinstance(overrides, dict) else ()
+    if any(isinstance(layer, dict) and "num_key_value_heads" in layer for layer in layers):
         raise UnsupportedFamilyError(
             f"{model_type}: cannot be converted yet: its layers have different numbers of KV heads"
         )
