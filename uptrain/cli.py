@@ -228,12 +228,17 @@ def convert(
 @json_option
 def finetune(recipe: str, overrides: Sequence[str], resume: bool, as_json: bool) -> None:
     """Uptrain a converted checkpoint as RECIPE (a file, or a shipped recipe's name) says."""
+    from uptrain.report import report
     from uptrain.training.loop import finetune
     from uptrain.training.recipe import load_recipe
 
-    result = finetune(load_recipe(recipe, overrides), resume=resume)
+    loaded = load_recipe(recipe, overrides)
+    result = finetune(loaded, resume=resume)
     if not result:  # only the main process reports
         return
+    folder = Path(loaded.output) / "report"
+    report([Path(loaded.output)], folder)
+    result["report"] = str(folder / "report.md")
     if as_json:
         _print_json(result)
         return

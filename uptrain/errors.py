@@ -31,3 +31,8 @@ class RecipeError(UptrainError):
 
 class Interrupted(UptrainError):
     """The user or the system asked to stop; everything is saved and can be resumed."""
+
+
+def one_line(error: object) -> str:
+    """Say in one line what an error of another library says, 200 characters at most."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.errors import CheckpointError, UnsupportedFamilyError, UptrainError
+from uptrain.errors import CheckpointError, UnsupportedFamilyError, UptrainError, one_line
 from uptrain.families.registry import parse_config
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def load_model(
             )
         except Exception as error:  # transformers documents no closed set of errors
             raise CheckpointError(
-                f"{checkpoint.folder}: transformers cannot load it ({_one_line(error)})"
+                f"{checkpoint.folder}: transformers cannot load it ({one_line(error)})"
             ) from error
     _check_loading(checkpoint, type(model).__name__, info)
     return model.to(device)
@@ -131,7 +131,7 @@ def load_tokenizer(
             )
         except Exception as error:  # malformed files raise whatever their parser raises
             raise CheckpointError(
-                f"{checkpoint.folder}: its tokenizer cannot be loaded ({_one_line(error)}); "
+                f"{checkpoint.folder}: its tokenizer cannot be loaded ({one_line(error)}); "
                 "take the tokenizer files of the original checkpoint"
             ) from error
 
@@ -193,7 +193,7 @@ def _check_loading(checkpoint: Checkpoint, class_name: str, info: dict[str, Any]
                 "weights and config.json belong to different checkpoints"
             )
     if info["error_msgs"]:
-        raise CheckpointError(f"{where}cannot be loaded ({_one_line(info['error_msgs'][0])})")
+        raise CheckpointError(f"{where}cannot be loaded ({one_line(info['error_msgs'][0])})")
 
 
 @contextmanager
@@ -210,7 +210,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bar:
             logging.enable_progress_bar()
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

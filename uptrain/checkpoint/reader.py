@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, one_line
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
@@ -291,7 +291,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: is not valid JSON ({_one_line(error)}); fetch the file again"
+            f"{path}: is not valid JSON ({one_line(error)}); fetch the file again"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -337,7 +337,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: its safetensors header is malformed ({_one_line(error)}); fetch the file again"
+            f"{path}: its safetensors header is malformed ({one_line(error)}); fetch the file again"
         ) from error
     spans.sort(key=lambda span: (span[1][0], span[1][1]))
     position = 0
@@ -468,7 +468,7 @@ def _load_bin(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:  # torch documents no closed set of errors for malformed files
         raise CheckpointError(
-            f"{path}: cannot be loaded as plain tensors ({_one_line(error)}); "
+            f"{path}: cannot be loaded as plain tensors ({one_line(error)}); "
             "fetch the file again, or take a safetensors version of the checkpoint"
         ) from error
     if not isinstance(content, dict) or not all(
@@ -503,7 +503,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key occurs twice")
     return result
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,7 +1,7 @@
 """One attention block's weights as heads, whatever their names, layout and biases."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,10 +231,37 @@ def rotary_dims(config: Mapping[str, Any], code: Path | None) -> list[int]:
     return sorted((n for n in dims if n % 2 == 0), reverse=True)
 
 
-def check_all_merged(layouts: Mapping[str, Layout], names: AttentionNames) -> None:
-    """Refuse a layer in which more than the projections follows the number of KV heads."""
-    others = [n for n in layouts if n.split(".")[-2] not in names.projections]
-    if others:
-        raise UnsupportedFamilyError(
-            f"tensor {others[0]} follows the number of KV heads beside the projections; use --method mean"
-        )
+def merge_norms(
+    state: Mapping[str, torch.Tensor],
+    layouts: Mapping[str, Layout],
+    names: AttentionNames,
+    heads: Heads,
+    groups: Sequence[Sequence[int]],
+) -> dict[str, torch.Tensor]:
+    """Average the gains of norms over all KV heads (olmo2, cohere) within each group.
+
+    Args:
+        state: The layer's tensors by name within the layer.
+        layouts: Layout of those that follow the number of KV heads.
+        names: From `find_attention`.
+        heads: The head counts of these tensors.
+        groups: Source KV heads of each target head.
+
+    Returns:
+        float64 tensors by name within the layer.
+
+    Raises:
+        UnsupportedFamilyError: If anything but projections and norms follows the number of KV heads.
+    """
+    merged = {}
+    for name, layout in layouts.items():
+        module = name.split(".")[-2]
+        if module in names.projections:
+            continue
+        if "norm" not in module or layout is not Layout.SEPARATE:
+            raise UnsupportedFamilyError(
+                f"tensor {name} follows the number of KV heads beside the projections; use --method mean"
+            )
+        (gains,) = split_heads(state[name].double(), layout, heads)[1]
+        merged[name] = torch.stack([gains[list(group)].mean(0) for group in groups]).flatten(0, 1)
+    return merged

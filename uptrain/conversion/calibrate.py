@@ -21,9 +21,9 @@ from uptrain.conversion import repair
 from uptrain.conversion.attention import (
     AttentionHeads,
     AttentionNames,
-    check_all_merged,
     find_attention,
     find_layers,
+    merge_norms,
     read_heads,
     rotary_dims,
     write_heads,
@@ -196,7 +196,6 @@ class _Work:
         state = source.state_dict()
         layouts = self.layouts[index]
         names = find_attention({n: t.shape for n, t in state.items()}, layouts, self.plan.heads)
-        check_all_merged(layouts, names)
         for name, tensor in state.items():
             if not bool(tensor.isfinite().all()):
                 raise CheckpointError(
@@ -236,7 +235,11 @@ class _Work:
         )
         report.groups = merged.groups
         report.discarded_energy = {"value": merged.discarded_value, "key": merged.discarded_key}
-        replaced = {n: t.float() for n, t in write_heads(merged.parts, names).items()}
+        gains = merge_norms(
+            source.state_dict(), self.layouts[index], names, self.plan.heads, merged.groups
+        )
+        written = {**write_heads(merged.parts, names), **gains}
+        replaced = {name: tensor.float() for name, tensor in written.items()}
         layer = self.target.layer(index, replaced)
         if self.streams is None:
             self.advance(1, f"layer {index}")

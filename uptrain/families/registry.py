@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from uptrain.errors import CheckpointError, HeadCountError, UnsupportedFamilyError
+from uptrain.errors import CheckpointError, HeadCountError, UnsupportedFamilyError, one_line
 from uptrain.families.schema import Family, Heads, HeadTensor, Layout
 
 _QKV = {"self_attn.qkv_proj": Layout.CONCATENATED}
@@ -112,7 +112,7 @@ def _parse_config(config_json: str, code: Path | None) -> transformers.Pretraine
     except Exception as error:  # each config class validates in its own way
         raise CheckpointError(
             f"config.json: transformers {transformers.__version__} rejects it as {model_type} "
-            f"({_one_line(error)}); take config.json from the original checkpoint"
+            f"({one_line(error)}); take config.json from the original checkpoint"
         ) from error
 
 
@@ -377,7 +377,7 @@ def build_on_meta(config: Mapping[str, Any], code: Path | None = None) -> Any:
     except Exception as error:  # model classes fail in their own ways
         raise CheckpointError(
             f"config.json: transformers {transformers.__version__} cannot build {config['model_type']} "
-            f"from it ({_one_line(error)}); check its values"
+            f"from it ({one_line(error)}); check its values"
         ) from error
 
 
@@ -590,7 +590,3 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 def _or_list(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
