@@ -71,6 +71,11 @@ class AttentionHeads:
         )
 
 
+def is_norm(name: str) -> bool:
+    """Say whether a tensor belongs to a norm, by its name within the layer."""
+    return "norm" in name.split(".")[-2]
+
+
 def find_attention(
     tensors: Mapping[str, torch.Size], layouts: Mapping[str, Layout], heads: Heads
 ) -> AttentionNames:
@@ -84,7 +89,7 @@ def find_attention(
     Raises:
         UnsupportedFamilyError: If a part cannot be told, so that only pooling is possible.
     """
-    projections = [name for name in layouts if name.endswith(".weight") and "norm" not in name]
+    projections = [name for name in layouts if name.endswith(".weight") and not is_norm(name)]
     modules = {name.rsplit(".", 2)[0] for name in projections}
     if len(modules) != 1:
         raise UnsupportedFamilyError(
@@ -111,6 +116,17 @@ def find_attention(
     rows = tensors[f"{module}.{query}.weight"][0]
     key_rows = tensors[f"{module}.{key}.weight"][0]
     per_query = rows // heads.num_attention_heads
+    if layout is Layout.SEPARATE:
+        H, K = heads.num_attention_heads, heads.num_key_value_heads
+        inputs, value_rows = (
+            tensors[f"{module}.{outputs[0]}.weight"][1],
+            tensors[f"{module}.{value}.weight"][0],
+        )
+        if per_query * K not in (key_rows, 2 * key_rows) or inputs * K != value_rows * H:
+            raise UnsupportedFamilyError(
+                f"a layer's {module} has another number of query heads than the config says, and only one "
+                "number for all layers can be calibrated; use --method mean"
+            )
     gated = layout is Layout.SEPARATE and (per_query == 2 * (key_rows // heads.num_key_value_heads))
     return AttentionNames(
         module,

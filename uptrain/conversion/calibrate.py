@@ -33,7 +33,7 @@ from uptrain.conversion.fit import Run
 from uptrain.conversion.freedom import Freedom, find_freedom
 from uptrain.conversion.merge import Losses, merge_heads
 from uptrain.conversion.options import Options
-from uptrain.conversion.plan import Plan
+from uptrain.conversion.plan import Plan, plan_conversion
 from uptrain.conversion.residual import ResidualStreams
 from uptrain.conversion.sample import draw_calibration
 from uptrain.conversion.stream import LayerStream
@@ -70,7 +70,7 @@ def merge_layers(
         UptrainError: If the device is missing or its memory too small.
     """
     device = pick_device(options.device if options.calibration or options.device else "cpu")
-    tokens = draw_calibration(plan.checkpoint, options) if options.calibration else None
+    tokens = draw_calibration(plan.checkpoint, options, code) if options.calibration else None
     open_partial(partial, fingerprint(plan, options, tokens))
     try:
         return _Work(plan, options, partial, device, tokens, code).run()
@@ -96,10 +96,13 @@ def survey(plan: Plan, options: Options, code: Path | None = None) -> list[dict[
     Raises:
         As `merge_layers` does.
     """
+    if plan.group_size == 1:  # changes no tensor, and what follows KV heads would not be known
+        fewest = registry.possible_head_counts(plan.checkpoint.config, code)[0]
+        plan = plan_conversion(plan.checkpoint, fewest, code)
     options = replace(options, calibration_tokens=min(options.calibration_tokens, _SURVEY_TOKENS))
     device = pick_device(options.device)
     return _Work(
-        plan, options, Path(), device, draw_calibration(plan.checkpoint, options), code
+        plan, options, Path(), device, draw_calibration(plan.checkpoint, options, code), code
     ).survey()
 
 
@@ -120,6 +123,7 @@ class _Work:
         self.layouts, self.stack = find_layers(plan.checkpoint, plan.head_tensors, code)
         self.source = LayerStream(checkpoint, checkpoint.config, self.stack, device, code)
         self.target = LayerStream(checkpoint, plan.config, self.stack, device, code, self.source)
+        self.code = code
         self.streams: ResidualStreams | None = None
         if tokens is not None:
             self.streams = ResidualStreams(
@@ -162,7 +166,7 @@ class _Work:
     def survey(self) -> list[dict[str, Any]]:
         """What each possible number of KV heads would discard, averaged over the layers."""
         K = self.plan.heads.num_key_value_heads
-        counts = registry.possible_head_counts(self.plan.checkpoint.config)
+        counts = registry.possible_head_counts(self.plan.checkpoint.config, self.code)
         lost: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
         with progress("survey", len(self.source), "layers") as advance:
             for index in range(len(self.source)):
@@ -196,12 +200,6 @@ class _Work:
         state = source.state_dict()
         layouts = self.layouts[index]
         names = find_attention({n: t.shape for n, t in state.items()}, layouts, self.plan.heads)
-        for name, tensor in state.items():
-            if not bool(tensor.isfinite().all()):
-                raise CheckpointError(
-                    f"{self.plan.checkpoint.folder}: tensor {self.stack}.{index}.{name} has NaN or infinite "
-                    "values; the checkpoint is damaged, fetch it again"
-                )
         parts = read_heads(state, names, self.plan.heads)
 
         def run_with(changed: AttentionHeads) -> Tensor:

@@ -131,7 +131,11 @@ def convert(
     with staged_folder(target, overwrite) as folder:
         layers: list[LayerReport] = []
         if options.by_layer and plan.group_size > 1:
-            layers = merge_layers(plan, options, partial, code)
+            try:
+                layers = merge_layers(plan, options, partial, code)
+            finally:
+                if not finished_tensors(partial):  # nothing to go on from
+                    shutil.rmtree(partial, ignore_errors=True)
         finished = finished_tensors(partial) if layers else {}
         changed = finished.keys() | plan.head_tensors.keys()
         with _one_thread(), progress("write", plan.nbytes, "bytes") as advance:

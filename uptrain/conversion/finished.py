@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import uptrain
 from uptrain.checkpoint.reader import TensorEntry, read_header, read_json
 from uptrain.checkpoint.writer import replace_file
 from uptrain.conversion.options import Options
@@ -59,7 +60,7 @@ def fingerprint(plan: Plan, options: Options, tokens: Tensor | None) -> dict[str
             if key not in ("calibration", "activation_bytes", "device")
         },
         "tokens": tokens_digest,
-        "torch": torch.__version__,
+        "versions": [uptrain.__version__, torch.__version__],
     }
 
 

@@ -16,7 +16,7 @@ from uptrain.conversion.attention import AttentionHeads
 
 # An allowed change moves the output by rounding only, a forbidden one by about as much as the change
 # without its undoing; the bound lies far from both.
-TOLERANCE = 1e-2
+TOLERANCE = 1e-3
 
 
 class Basis(StrEnum):
@@ -84,7 +84,10 @@ def find_freedom(
     d = parts.key.shape[1]
     candidates = [(Basis.FULL, 0, False)]
     for basis in (Basis.SCALED, Basis.TURNED, Basis.SIGNED):
-        candidates += [(basis, n, mode) for n in rotary_dims for mode in (False, True) if n <= d]
+        # What is not rotated may take any map if SCALED, and none under a norm: where several numbers
+        # fit (interleaved pairs of partial rotary), the fewest free most there, the most here.
+        dims = sorted((n for n in rotary_dims if n <= d), reverse=basis is not Basis.SCALED)
+        candidates += [(basis, n, mode) for n in dims for mode in (False, True)]
     for basis, rotary_dim, interleaved in candidates:
         maps, inverses = _key_maps(parts, basis, rotary_dim, interleaved, generator)
         changed = replace(parts, key=maps @ parts.key)

@@ -87,6 +87,13 @@ def make_options(
             f"grouping 'search' needs heads in a common basis, which method {method!r} does not give; "
             "choose align or factorize"
         )
+    for name, number, least in (
+        ("calibration_tokens", calibration_tokens, 1),
+        ("reconstruct_steps", reconstruct_steps, 0),
+        ("activation_bytes", activation_bytes, 0),
+    ):
+        if number is not None and number < least:
+            raise UptrainError(f"{name} {number}: expected {least} or more")
     return Options(
         method,
         grouping,

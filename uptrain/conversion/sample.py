@@ -22,7 +22,9 @@ _CHARACTERS_PER_TOKEN = 8
 _MAX_LENGTH = 2048
 
 
-def draw_calibration(checkpoint: Checkpoint, options: Options) -> torch.Tensor:
+def draw_calibration(
+    checkpoint: Checkpoint, options: Options, code: Path | None = None
+) -> torch.Tensor:
     """Draw the calibration text of a conversion, in blocks of the model's context (at most 2048).
 
     Returns:
@@ -33,10 +35,10 @@ def draw_calibration(checkpoint: Checkpoint, options: Options) -> torch.Tensor:
         DataError: As `draw_blocks` does.
     """
     assert options.calibration is not None
-    config = parse_config(checkpoint.config)
+    config = parse_config(checkpoint.config, code)
     return draw_blocks(
         options.calibration,
-        load_tokenizer(checkpoint),
+        load_tokenizer(checkpoint, trust_remote_code=code is not None),
         options.calibration_tokens,
         min(context_length(config) or _MAX_LENGTH, _MAX_LENGTH),
         options.seed,

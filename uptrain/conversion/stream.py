@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.errors import UnsupportedFamilyError
+from uptrain.errors import CheckpointError, UnsupportedFamilyError
 from uptrain.families import registry
 
 
@@ -69,7 +71,8 @@ class LayerStream:
         self._model.requires_grad_(False)
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._twin = twin
-        self._returns_tuple: bool | None = None
+        self._returned: int | None = None
+        """Length of the tuple that a layer returns; 0 if it returns a tensor."""
 
     @property
     def vocabulary(self) -> int:
@@ -184,26 +187,41 @@ class LayerStream:
             with torch.no_grad():
                 self._learn_return(tokens)
                 self._forward(tokens, record)
+                if not self._arguments:
+                    first, recorded = recorded, [{} for _ in self._layers]
+                    self._forward(tokens + 1, record)
+                    self._check_independent(first, recorded)
             self._arguments[batch, length] = recorded
         return self._arguments[batch, length]
+
+    def _check_independent(self, first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
+        """Refuse layers that are given something else than the hidden states for another text."""
+        for one, other in zip(first, second, strict=True):
+            pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+            if any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs):
+                raise UnsupportedFamilyError(
+                    f"{self._checkpoint.name}: its layers are given more of the text than hidden states, so they "
+                    "cannot be run one by one; use --method mean"
+                )
 
     def _learn_return(self, tokens: torch.Tensor) -> None:
         """See from the first layer whether layers return a tensor or a tuple."""
         if self._twin is not None:
             self._twin._learn_return(tokens)
-            self._returns_tuple = self._twin._returns_tuple
-        if self._returns_tuple is not None:
+            self._returned = self._twin._returned
+        if self._returned is not None:
             return
         first = self.layer(0)
 
         def call(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            self._returns_tuple = isinstance(first(hidden, *args, **kwargs), tuple)
+            output = first(hidden, *args, **kwargs)
+            self._returned = len(output) if isinstance(output, tuple) else 0
             raise _Stop
 
         self._forward(tokens, lambda index: call)
 
     def _wrap(self, hidden: torch.Tensor) -> Any:
-        return (hidden,) if self._returns_tuple else hidden
+        return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
 
     def _forward(
         self, tokens: torch.Tensor, replacement: Callable[[int], Callable[..., Any]]
@@ -221,6 +239,12 @@ class LayerStream:
 
     def _read(self, disk_names: Iterable[str]) -> dict[str, torch.Tensor]:
         tensors = {disk: self._checkpoint.read(disk) for disk in disk_names}
+        for disk, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise CheckpointError(
+                    f"{self._checkpoint.folder}: tensor {disk} has NaN or infinite values; the checkpoint is "
+                    "damaged, fetch it again"
+                )
         return registry.load_into_memory(self._model, tensors)
 
     def _fill(self, module: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> None:
@@ -237,6 +261,16 @@ class LayerStream:
                 f"{self._checkpoint.name}: tensor {prefix}{missing[0]} is not in the files under its own name, "
                 "so its layers cannot be run one by one; use --method mean"
             )
+        buffers = {prefix + n: b for n, b in module.named_buffers()}
+        inside = f"{self._stack}." if not prefix else " "
+        unset = [
+            n for n, b in buffers.items() if not n.startswith(inside) and bool(b.isnan().any())
+        ]
+        if unset:
+            raise UnsupportedFamilyError(
+                f"{self._checkpoint.name}: buffer {unset[0]} is neither in the files nor computed by "
+                "transformers, so its layers cannot be run one by one; use --method mean"
+            )
 
 
 def _fill_buffers(model: Any, device: torch.device) -> None:
@@ -247,6 +281,17 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
     for module in model.modules():
         empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in empty:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if empty:
-            model._init_weights(module)
+            old = getattr(module, name)
+            unset = float("nan") if old.is_floating_point() else 0
+            setattr(module, name, torch.full_like(old, unset, device=device))
+    _initialise(model, model)
+
+
+def _initialise(owner: Any, module: nn.Module) -> None:
+    """Let the innermost model around each module initialise it, as transformers does."""
+    if isinstance(module, PreTrainedModel):
+        owner = module
+    for child in module.children():
+        _initialise(owner, child)
+    if any(True for _ in module.buffers(recurse=False)) or module is owner:
+        owner._init_weights(module)
