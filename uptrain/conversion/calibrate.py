@@ -34,7 +34,7 @@ from uptrain.conversion.freedom import Freedom, find_freedom
 from uptrain.conversion.merge import Losses, merge_heads
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan, plan_conversion
-from uptrain.conversion.residual import ResidualStreams
+from uptrain.conversion.residual import MOMENT_TOKENS, ResidualStreams
 from uptrain.conversion.sample import draw_calibration
 from uptrain.conversion.stream import LayerStream
 from uptrain.errors import CheckpointError, UptrainError
@@ -45,7 +45,6 @@ from uptrain.progress import progress
 PASSES = 6
 """Passes over the calibration tokens for each layer, if no number of steps is given."""
 _PROBE_TOKENS = 32
-_SURVEY_TOKENS = 65_536
 
 
 def merge_layers(
@@ -71,6 +70,9 @@ def merge_layers(
     """
     device = pick_device(options.device if options.calibration or options.device else "cpu")
     tokens = draw_calibration(plan.checkpoint, options, code) if options.calibration else None
+    if tokens is not None and options.reconstruct_steps == 0:
+        # Only second moments are taken then.
+        tokens = tokens[: max(1, MOMENT_TOKENS // tokens.shape[1])]
     open_partial(partial, fingerprint(plan, options, tokens))
     try:
         return _Work(plan, options, partial, device, tokens, code).run()
@@ -86,20 +88,17 @@ def survey(plan: Plan, options: Options, code: Path | None = None) -> list[dict[
 
     Args:
         plan: A conversion of the checkpoint; its own number of KV heads plays no part.
-        options: Method, grouping and calibration text; at most 65,536 tokens of it are used.
+        options: Method, grouping and calibration text; at most `MOMENT_TOKENS` of it are used.
         code: The checkpoint's folder if its own Python code may be executed.
 
     Returns:
         From most to fewest: `num_key_value_heads`, `kv_cache_bytes_per_token`, and the parts of the
         `value` and `key` energy that are discarded, averaged over the layers.
-
-    Raises:
-        As `merge_layers` does.
     """
     if plan.group_size == 1:  # changes no tensor, and what follows KV heads would not be known
         fewest = registry.possible_head_counts(plan.checkpoint.config, code)[0]
         plan = plan_conversion(plan.checkpoint, fewest, code)
-    options = replace(options, calibration_tokens=min(options.calibration_tokens, _SURVEY_TOKENS))
+    options = replace(options, calibration_tokens=min(options.calibration_tokens, MOMENT_TOKENS))
     device = pick_device(options.device)
     return _Work(
         plan, options, Path(), device, draw_calibration(plan.checkpoint, options, code), code

@@ -11,7 +11,8 @@ from uptrain.conversion.stream import LayerStream
 
 _STEP_TOKENS = 4096
 """Tokens of one step; a wide layer takes more, so that a step's update does not outweigh its gradient."""
-_MOMENT_TOKENS = 65_536  # second moments of so many tokens differ little from those of more
+MOMENT_TOKENS = 65_536
+"""Tokens that second moments are taken of: those of more differ little."""
 _ERROR_TOKENS = 4096
 
 
@@ -78,7 +79,7 @@ class ResidualStreams:
         """Cut activations in batches."""
         return list(hidden.split(self.batch))
 
-    def some_batches(self, hidden: Tensor, tokens: int = _MOMENT_TOKENS) -> list[Tensor]:
+    def some_batches(self, hidden: Tensor, tokens: int = MOMENT_TOKENS) -> list[Tensor]:
         """Cut activations in batches and take about `tokens` of them, evenly."""
         every = max(1, hidden.shape[0] * hidden.shape[1] // tokens)
         return self.batches(hidden)[::every]
