@@ -11,7 +11,6 @@ from uptrain.conversion.align import (
 from uptrain.conversion.energy import (
     group_discarded_energy,
     key_query_gram,
-    pair_discarded_energy,
     rotary_gram,
     rotary_query_energy,
     value_output_gram,
@@ -258,20 +257,6 @@ def test_costs_of_groups_are_the_discarded_energies(group):
     full = factorize_key_query_full(head[chosen], query[chosen], c)
     gram = key_query_gram(head, query, c)
     assert group_discarded_energy(gram, group) == pytest.approx(full.discarded_energy, abs=1e-9)
-
-
-def test_costs_of_pairs_are_the_costs_of_groups_of_two():
-    head, out, query = heads()
-    c = moment()
-    for gram in (
-        value_output_gram(head, out, c),
-        rotary_gram(pairs_of(head), c, rotary_query_energy(pairs_of(query), c)),
-    ):
-        costs = pair_discarded_energy(gram)
-        assert torch.equal(costs, costs.T)
-        for a, b in ((0, 1), (0, 2), (1, 2)):
-            assert float(costs[a, b]) == pytest.approx(group_discarded_energy(gram, (a, b)))
-        assert not costs.diagonal().any()
 
 
 def test_shapes_that_do_not_belong_together_are_refused():

@@ -109,33 +109,6 @@ def group_discarded_energy(gram: Tensor, group: tuple[int, ...]) -> float:
     return float(torch.linalg.eigvalsh(block)[: size - gram.shape[1]].clamp(min=0).sum())
 
 
-def pair_discarded_energy(gram: Tensor) -> Tensor:
-    """The error of merging any two heads, for `grouping.search` where there are many heads.
-
-    Args:
-        gram: [heads, head_dim, heads, head_dim] or [pairs, heads, heads], as in
-            `group_discarded_energy`; formed in the gram's dtype, float32 is enough.
-
-    Returns:
-        [heads, heads], symmetric, zero on the diagonal.
-    """
-    heads = gram.shape[1] if gram.dim() == 3 else gram.shape[0]
-    costs = torch.zeros(heads, heads, dtype=torch.float64, device=gram.device)
-    for first in range(heads - 1):
-        others = torch.arange(first + 1, heads, device=gram.device)
-        chosen = torch.stack((torch.full_like(others, first), others), dim=1)
-        if gram.dim() == 3:
-            blocks = gram[:, chosen[:, :, None], chosen[:, None, :]]
-            lost = torch.linalg.eigvalsh(blocks)[..., 0].clamp(min=0).double().sum(0)
-        else:
-            head_dim = gram.shape[1]
-            blocks = gram.transpose(1, 2)[chosen[:, :, None], chosen[:, None, :]]
-            blocks = blocks.transpose(2, 3).reshape(-1, 2 * head_dim, 2 * head_dim)
-            lost = torch.linalg.eigvalsh(blocks)[:, :head_dim].clamp(min=0).double().sum(-1)
-        costs[first, first + 1 :] = costs[first + 1 :, first] = lost
-    return costs
-
-
 def output_rows(value: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     """Split the output slices into orthogonal columns and what is left for the values.
 

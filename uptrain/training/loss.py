@@ -42,6 +42,7 @@ def sum_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     Returns:
         Float32 []. Its gradient has the dtype of `logits`.
     """
+    # torch declares no types for Function.apply.
     loss: torch.Tensor = _SumCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return loss
 

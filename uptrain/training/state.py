@@ -203,5 +203,6 @@ class _HashingFile(io.RawIOBase):
 
 def _write_tensors(path: Path, content: dict[str, Any]) -> tuple[int, str]:
     with _HashingFile(path) as file:
+        # It needs write() only, but is declared to take a file with every method.
         torch.save(content, file)  # type: ignore[arg-type]
     return file.size, file.digest.hexdigest()
