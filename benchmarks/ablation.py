@@ -1,10 +1,11 @@
 """Loss by method and number of KV heads, without any uptraining.
 
     python benchmarks/ablation.py SOURCE --calibration TEXT --data TEXT --output DIR [--heads 6 4 3 2 1]
+        [--methods mean …]
 
 Converts SOURCE to each number of heads by each method, measures the increase of loss over the original
 on the same text, and prints a table. Every figure is kept in DIR as soon as it is there; a second call
-does only what is missing. `--without-calibration` leaves out the methods that take minutes on a CPU.
+does only what is missing. `--methods` picks rows of the table by their names.
 """
 
 import argparse
@@ -45,14 +46,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source")
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--without-calibration", action="store_true")
+    parser.add_argument("--methods", nargs="+", choices=[name for name, *_ in METHODS])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--max-tokens", type=int, default=65_536)
     parser.add_argument("--heads", type=int, nargs="+", default=[6, 4, 3, 2, 1])
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    methods = [m for m in METHODS if not (m[2] and arguments.without_calibration)]
+    methods = [m for m in METHODS if arguments.methods is None or m[0] in arguments.methods]
     print("| method | " + " | ".join(f"{heads} KV heads" for heads in arguments.heads) + " |")
     print("|---|" + "---|" * len(arguments.heads))
     for name, options, needs_text in methods:

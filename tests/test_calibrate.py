@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from test_families import FAMILIES
+from tiny import save, tiny_config, tiny_model
 
 import uptrain
 from uptrain.conversion import calibrate, repair
 from uptrain.conversion.options import make_options
+from uptrain.conversion.stream import LayerStream
 from uptrain.conversion.verify import verify
-from uptrain.errors import CheckpointError, DataError, UptrainError
+from uptrain.errors import CheckpointError, DataError, UnsupportedFamilyError, UptrainError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL, TEXT = EXAMPLES / "books-1m", EXAMPLES / "books-train.jsonl"
@@ -340,6 +344,45 @@ def test_the_best_known_choices_are_the_default() -> None:
     assert (without.method, without.grouping) == ("mean", "contiguous")
     assert with_text.by_layer
     assert not without.by_layer
+
+
+@pytest.mark.filterwarnings("ignore")  # of the model classes themselves
+@pytest.mark.parametrize("method", ["align", "factorize"])
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        # Seen by the names of the tensors; by running a layer.
+        ("moshi", "source: layer 0: its KV heads are in self_attn.k_proj, self_attn.v_proj, "),
+        ("gemma3n_text", "source: its layers are given more of the text than hidden states, "),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(
+    method: str, model_type: str, message: str, tmp_path: Path
+) -> None:
+    model = tiny_model(tiny_config(model_type, **FAMILIES[model_type]))
+    source = save(model, tmp_path / "source")
+    for dry_run in (True, False):
+        with pytest.raises(UnsupportedFamilyError, match=f"^{re.escape(message)}"):
+            uptrain.convert(source, tmp_path / "target", 2, method=method, dry_run=dry_run)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    uptrain.convert(source, tmp_path / "target", 2, dry_run=True)  # the mean can be had
+
+
+def test_a_dry_run_without_text_reads_one_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    layer = LayerStream.layer
+
+    def record(self: LayerStream, index: int) -> Any:
+        loaded.append(index)
+        return layer(self, index)
+
+    monkeypatch.setattr(LayerStream, "layer", record)
+    result = uptrain.convert(MODEL, tmp_path / "target", 2, method="factorize", dry_run=True)
+    assert set(loaded) == {0}
+    assert "choices" not in result
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("count", [2, 8])

@@ -13,7 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import uptrain
 from uptrain.errors import HeadCountError, UnsupportedFamilyError
-from uptrain.families import registry
+from uptrain.families import meta, registry
+from uptrain.families.head_tensors import (
+    head_tensors,
+    kv_cache_bytes_per_token,
+    possible_head_counts,
+)
 from uptrain.families.layouts import join_heads, split_heads
 from uptrain.families.schema import Heads, Layout
 
@@ -172,7 +177,7 @@ def make_heads_equal(folder: Path, config: dict[str, Any], count: int) -> None:
     state = safetensors.torch.load_file(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     heads = registry.read_heads(config)
-    for tensor in registry.head_tensors(config, count, shapes):
+    for tensor in head_tensors(config, count, shapes):
         query, key_value = split_heads(state[tensor.name], tensor.layout, heads)
         equal = [
             part.unflatten(0, (count, -1))[:, :1]
@@ -191,7 +196,7 @@ def swap_groups(folder: Path, config: dict[str, Any]) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     heads = registry.read_heads(config)
     other = H if heads.num_key_value_heads != H else 1
-    for tensor in registry.head_tensors(config, other, shapes):
+    for tensor in head_tensors(config, other, shapes):
         query, key_value = split_heads(state[tensor.name], tensor.layout, heads)
         rolled = [part.roll(1, 0) for part in key_value]
         state[tensor.name] = join_heads(query, rolled, tensor.layout).contiguous()
@@ -238,9 +243,9 @@ def test_equal_heads_merge_without_a_trace(model_type: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("model_type", LATENT)
 def test_latent_attention_is_refused(model_type: str) -> None:
     config = {**tiny_config(model_type).to_dict(), "model_type": model_type}
-    shapes = dict(registry.tensor_shapes(config))
+    shapes = dict(meta.tensor_shapes(config))
     with pytest.raises(UnsupportedFamilyError, match="no tensor follows its number of KV heads"):
-        registry.head_tensors(config, 1, shapes)
+        head_tensors(config, 1, shapes)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +279,7 @@ def test_layers_with_twice_the_heads_are_refused() -> None:
     config = tiny_config("mimo_v2_flash", num_key_value_heads=2, v_head_dim=D).to_dict()
     config["layer_types"] = ["full_attention", "sliding_attention"]
     with pytest.raises(UnsupportedFamilyError, match="32 rows for each KV head"):
-        registry.head_tensors(config, 1, dict(registry.tensor_shapes(config)))
+        head_tensors(config, 1, dict(meta.tensor_shapes(config)))
 
 
 def test_a_tensor_without_a_rule_is_refused_by_name() -> None:
@@ -282,14 +287,14 @@ def test_a_tensor_without_a_rule_is_refused_by_name() -> None:
     with pytest.raises(
         UnsupportedFamilyError, match=r"tensor \S+dt_proj\.weight follows .* no rule"
     ):
-        registry.head_tensors(config, 2, dict(registry.tensor_shapes(config)))
+        head_tensors(config, 2, dict(meta.tensor_shapes(config)))
 
 
 def test_a_count_that_transformers_refuses_is_not_offered() -> None:
     config = tiny_config("diffllama").to_dict()
-    assert registry.possible_head_counts(config) == [2, 4]
+    assert possible_head_counts(config) == [2, 4]
     with pytest.raises(HeadCountError, match="choose one of 2, 4"):
-        registry.head_tensors(config, 1, dict(registry.tensor_shapes(config)))
+        head_tensors(config, 1, dict(meta.tensor_shapes(config)))
 
 
 def test_every_spelling_of_the_count_is_changed() -> None:
@@ -316,4 +321,4 @@ def test_kv_cache_bytes_are_those_of_a_real_cache(model_type: str) -> None:
     cache = model(torch.arange(1, 11)[None], use_cache=True).past_key_values
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     held = sum(layer.keys.numel() + layer.values.numel() for layer in layers) // 10
-    assert registry.kv_cache_bytes_per_token(config.to_dict()) == held * 8  # float64
+    assert kv_cache_bytes_per_token(config.to_dict()) == held * 8  # float64

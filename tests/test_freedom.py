@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,18 @@ ROWS: dict[str, Row] = {
 }
 MORE_THAN_STATES = "its layers are given more of the text than hidden states"
 REFUSED = {
-    "inkling_text": "only layers with one can be calibrated",
-    "moshi": "only layers with one can be calibrated",
+    "inkling_text": r"source: layer 0: its KV heads are in self_attn, self_attn\.k_sconv",
+    "moshi": r"source: layer 0: its KV heads are in self_attn\.k_proj, self_attn\.v_proj",
     **dict.fromkeys(["gemma3n_text", "gemma4_text"], MORE_THAN_STATES),
 }
 
 
 def found_in(report: dict[str, Any]) -> set[Row]:
     freedoms = [layer["freedom"] for layer in report["layers"] if layer["freedom"]]
+    for freedom in freedoms:
+        # No family here has sinks, and channels that are not rotated and under no norm.
+        unrotated = freedom["rotary_dim"] < 16 and freedom["key"] in ("full", "scaled")
+        assert freedom["shift"] == unrotated
     keys = ("value", "key", "rotary_dim", "interleaved", "reorder")
     return {tuple(freedom[key] for key in keys) for freedom in freedoms}  # type: ignore[misc]
 
@@ -206,10 +211,19 @@ def some_heads(heads: int = HEADS) -> AttentionHeads:
     )
 
 
-def attend(parts: AttentionHeads, rotated: int = 0, bias: float = 0.0) -> torch.Tensor:
+def attend(
+    parts: AttentionHeads,
+    added: torch.Tensor | None = None,
+    rotated: int = 0,
+    bias: float = 0.0,
+    sink: bool = False,
+    softcap: float = 0.0,
+) -> torch.Tensor:
     """Attention in its own words; pairs m, m + rotated / 2 turn by 0.3 · (m + 1) a position."""
     inputs = draw(LENGTH, WIDTH, seed=4) * WIDTH**0.5
     query, key = parts.query @ inputs.T, parts.key @ inputs.T
+    if added is not None:
+        key = key + added.repeat(1, 1, LENGTH // 2)
 
     def turn(rows: torch.Tensor) -> torch.Tensor:
         half = rotated // 2
@@ -222,23 +236,44 @@ def attend(parts: AttentionHeads, rotated: int = 0, bias: float = 0.0) -> torch.
     scores = torch.einsum("kqdt,kds->kqts", query, key)
     slope = torch.arange(scores.shape[0] * QUERIES, dtype=torch.float64).view(-1, QUERIES, 1, 1)
     distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     scores = (scores - bias * slope * distance).masked_fill(distance < 0, -torch.inf)
-    seen = torch.einsum("kqts,kds->kqdt", scores.softmax(-1), parts.value @ inputs.T)
+    if sink:
+        scores = torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)
+    chosen = scores.softmax(-1)[..., :LENGTH]
+    seen = torch.einsum("kqts,kds->kqdt", chosen, parts.value @ inputs.T)
     return torch.einsum("kqhd,kqdt->th", parts.output, seen)
 
 
 @pytest.mark.parametrize("rotated", [0, 4, 8])
 def test_the_probe_on_attention_written_out(rotated: int) -> None:
-    freedom = find_freedom(some_heads(), lambda parts: attend(parts, rotated), [8, 4])
+    freedom = find_freedom(some_heads(), partial(attend, rotated=rotated), [8, 4])
     assert freedom.value is Basis.FULL
     assert freedom.key is (Basis.SCALED if rotated else Basis.FULL)
     assert freedom.rotary_dim == rotated
     assert not freedom.interleaved
     assert freedom.reorder
+    assert freedom.shift == (rotated < SIZE)
+
+
+@pytest.mark.parametrize("rotated", [0, 4])
+@pytest.mark.parametrize("feature", [{"sink": True}, {"softcap": 2.0}])
+def test_a_sink_or_a_softcap_notices_a_shift_of_all_keys(
+    feature: dict[str, Any], rotated: int
+) -> None:
+    freedom = find_freedom(some_heads(), partial(attend, rotated=rotated, **feature), [8, 4])
+    assert freedom.key is (Basis.SCALED if rotated else Basis.FULL)
+    assert freedom.rotary_dim == rotated
+    assert not freedom.shift
+
+
+def test_a_bias_by_position_does_not_notice_a_shift_of_all_keys() -> None:
+    assert find_freedom(some_heads(), partial(attend, bias=0.05), [8]).shift
 
 
 def test_a_bias_by_position_and_head_forbids_reordering() -> None:
-    freedom = find_freedom(some_heads(), lambda parts: attend(parts, bias=0.05), [8])
+    freedom = find_freedom(some_heads(), partial(attend, bias=0.05), [8])
     assert not freedom.reorder
     assert freedom.key is Basis.FULL
 
@@ -250,8 +285,8 @@ def test_a_small_difference_between_heads_forbids_reordering(gap: float) -> None
         1 + gap * torch.arange(HEADS * QUERIES, dtype=torch.float64).view(HEADS, QUERIES, 1, 1) / 8
     )
 
-    def run(parts: AttentionHeads) -> torch.Tensor:
-        return attend(replace(parts, output=parts.output * scale))
+    def run(parts: AttentionHeads, added: torch.Tensor | None = None) -> torch.Tensor:
+        return attend(replace(parts, output=parts.output * scale), added)
 
     assert not find_freedom(some_heads(), run, [8]).reorder
 
@@ -261,8 +296,8 @@ def test_one_head_has_nothing_to_reorder() -> None:
 
 
 def test_an_attention_that_reports_no_number_allows_nothing() -> None:
-    def run(parts: AttentionHeads) -> torch.Tensor:
-        return attend(parts) * torch.nan
+    def run(parts: AttentionHeads, added: torch.Tensor | None = None) -> torch.Tensor:
+        return attend(parts, added) * torch.nan
 
     freedom = find_freedom(some_heads(), run, [8])
     assert (freedom.value, freedom.key) == (Basis.FIXED, Basis.FIXED)

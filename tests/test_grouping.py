@@ -67,9 +67,18 @@ def test_pair_costs_spare_the_exact_ones():
         asked.append(group)
         return cost_of(pairs)(group)
 
-    groups = search(16, 4, cost, pair_cost=pairs, num_starts=4)
+    table = torch.tensor(pairs, dtype=torch.float64)
+    groups = search(16, 4, cost, pair_cost=table, num_starts=4)
     assert len(asked) <= 4 * 5
     assert total(groups, cost_of(pairs)) <= total(contiguous(16, 4), cost_of(pairs))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_swaps_judged_at_once_are_those_judged_one_by_one(seed):
+    pairs = pair_costs(12, seed)
+    table = torch.tensor(pairs, dtype=torch.float64)
+    one_by_one = search(12, 4, cost_of(pairs), seed=seed)
+    assert search(12, 4, cost_of(pairs), pair_cost=table, seed=seed) == one_by_one
 
 
 def test_one_group_and_one_head_to_a_group_need_no_search():

@@ -20,7 +20,6 @@ import uptrain
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.conversion.attention import (
     AttentionHeads,
-    find_attention,
     find_layers,
     read_heads,
     write_heads,
@@ -48,6 +47,8 @@ class Kind:
     """Whether V may be changed."""
     reorder: bool = True
     count: int = 2
+    shift: bool = False
+    """Whether each K head may be shifted by a bias of its own."""
     equal_gains: bool = False
     """Give norms on queries and keys one gain for all channels."""
 
@@ -65,10 +66,10 @@ KINDS = {
     "cohere, interleaved, parallel": Kind("cohere", "scaled", 16, interleaved=True),
     "ernie4_5, interleaved": Kind("ernie4_5", "scaled", 16, interleaved=True),
     "glm, interleaved, half rotary": Kind("glm", "scaled", 8, interleaved=True),
-    "phi, half rotary, parallel": Kind("phi", "scaled", 8),
+    "phi, half rotary, parallel": Kind("phi", "scaled", 8, shift=True),
     "stablelm, quarter rotary": Kind("stablelm", "scaled", 4),
     "nemotron, half rotary": Kind("nemotron", "scaled", 8),
-    "gpt_bigcode, learned positions": Kind("gpt_bigcode", "full", 0, count=1),
+    "gpt_bigcode, learned positions": Kind("gpt_bigcode", "full", 0, count=1, shift=True),
     "nemotron_h, no positions, hybrid": Kind("nemotron_h", "full", 0),
     "jamba, no positions, hybrid": Kind("jamba", "full", 0),
     "granite, multipliers": Kind("granite", "scaled", 16),
@@ -131,6 +132,10 @@ def changed(parts: AttentionHeads, kind: Kind, rigid: bool, seed: int) -> Attent
     # Of norms and rotations: the inverse of a map is its transpose's; in general q' = M^-T q.
     query = torch.einsum("kba,kqbi->kqai", torch.linalg.inv(made), parts.query)
     parts = replace(parts, key=made @ parts.key, query=query)
+    if kind.shift and not rigid:
+        parts.key[:, kind.rotary :, -1] += torch.randn(
+            heads, size - kind.rotary, generator=generator, dtype=torch.float64
+        )
     if kind.value:
         made = (turns if rigid else any_maps)(heads, parts.value.shape[1], generator)
         output = torch.einsum("kqhd,kde->kqhe", parts.output, torch.linalg.inv(made))
@@ -141,9 +146,9 @@ def changed(parts: AttentionHeads, kind: Kind, rigid: bool, seed: int) -> Attent
 def attention_layers(folder: Path, count: int) -> Iterator[tuple[str, Any, Any]]:
     """Find each attention block: its layer's prefix in memory, its names, the source's head counts."""
     plan = plan_conversion(open_checkpoint(folder), count)
-    layers, stack = find_layers(plan.checkpoint, plan.head_tensors, None)
-    for index, layouts in layers.items():
-        yield f"{stack}.{index}.", layouts, plan.heads
+    layers, stack = find_layers(plan.checkpoint, plan.head_tensors, plan.heads, None)
+    for index, names in layers.items():
+        yield f"{stack}.{index}.", names, plan.heads
 
 
 def build(
@@ -157,9 +162,8 @@ def build(
     save(model, plain)
     after: dict[str, torch.Tensor] = {}
     state = model.state_dict()
-    for seed, (prefix, layouts, heads) in enumerate(attention_layers(plain, kind.count)):
+    for seed, (prefix, names, heads) in enumerate(attention_layers(plain, kind.count)):
         layer = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        names = find_attention({n: t.shape for n, t in layer.items()}, layouts, heads)
         parts = read_heads(layer, names, heads)
         size = heads.num_key_value_heads // kind.count
         first = torch.arange(heads.num_key_value_heads) // size * size
@@ -171,7 +175,7 @@ def build(
         for target, content in ((state, parts), (after, made)):
             target |= {prefix + n: t for n, t in write_heads(content, names).items()}
         for name, tensor in layer.items():
-            if name in layouts and name.split(".")[-2] not in names.projections:
+            if name in names.layouts and name.split(".")[-2] not in names.projections:
                 whole = tensor.unflatten(0, (heads.num_key_value_heads, -1))[first]
                 state[prefix + name] = whole.flatten(0, 1)
             if kind.equal_gains and name.split(".")[-2] in ("q_norm", "k_norm"):

@@ -11,7 +11,7 @@ from tiny import save, tiny_config, tiny_model
 from torch import nn
 
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.conversion.attention import AttentionNames, find_attention, find_layers
+from uptrain.conversion.attention import AttentionNames, find_layers
 from uptrain.conversion.fit import Fit, fit_layer, orthogonalize, relative_error
 from uptrain.conversion.plan import plan_conversion
 from uptrain.conversion.repair import is_plain, refit_output, run_attention
@@ -160,12 +160,11 @@ class Layers:
         save(tiny_model(tiny_config(model_type, **overrides)).float(), folder)
         checkpoint = open_checkpoint(folder)
         self.plan = plan_conversion(checkpoint, 2)
-        layouts, stack = find_layers(checkpoint, self.plan.head_tensors, None)
+        names, stack = find_layers(checkpoint, self.plan.head_tensors, self.plan.heads, None)
         self.stream = LayerStream(checkpoint, checkpoint.config, stack, CPU)
         self.target = LayerStream(checkpoint, self.plan.config, stack, CPU, None, self.stream)
         self.layer = self.stream.layer(0)
-        shapes = {n: t.shape for n, t in self.layer.state_dict().items()}
-        self.names: AttentionNames = find_attention(shapes, layouts[0], self.plan.heads)
+        self.names: AttentionNames = names[0]
         self.run: Callable[[torch.Tensor], torch.Tensor] = partial(self.stream.run, self.layer, 0)
         entering = self.stream.embed(torch.arange(1, 25)[None])
         self.probe = entering + draw(*entering.shape) * entering.std()

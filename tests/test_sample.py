@@ -44,6 +44,17 @@ def test_blocks_are_runs_of_the_text(tmp_path: Path, tokenizer: Any) -> None:
     assert bool((blocks.diff(dim=1) == 1).all())
 
 
+def test_the_kind_of_file_changes_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    lines = write(tmp_path / "a.jsonl", [list(range(12 * i, 12 * i + 12)) for i in range(80)])
+    texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    blocks = [draw(path, tokenizer, 64) for path in (lines, tmp_path / "a.parquet")]
+    assert torch.equal(*blocks)
+
+
 def test_blocks_come_from_everywhere(tmp_path: Path, tokenizer: Any) -> None:
     # Only 40 of 250 documents are wanted: a reader of the file's beginning would see the first 40.
     documents = [[i % WORDS] * 40 for i in range(250)]

@@ -19,14 +19,18 @@ from uptrain.errors import UnsupportedFamilyError
 CPU = torch.device("cpu")
 # Layers that take more of the text than hidden states.
 MORE_THAN_STATES = "its layers are given more of the text than hidden states"
-REFUSED = dict.fromkeys(["gemma3n_text", "gemma4_text"], MORE_THAN_STATES)
+REFUSED = {
+    **dict.fromkeys(["gemma3n_text", "gemma4_text"], MORE_THAN_STATES),
+    # Found before anything is read.
+    **dict.fromkeys(["inkling_text", "moshi"], "expected plain key and value projections"),
+}
 COUNTS = {"diffllama": 2}
 
 
 def stream_of(folder: Path, count: int = 1) -> LayerStream:
     checkpoint = open_checkpoint(folder)
     plan = plan_conversion(checkpoint, count)
-    _, stack = find_layers(checkpoint, plan.head_tensors, None)
+    _, stack = find_layers(checkpoint, plan.head_tensors, plan.heads, None)
     return LayerStream(checkpoint, checkpoint.config, stack, CPU)
 
 

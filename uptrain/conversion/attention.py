@@ -1,16 +1,17 @@
 """One attention block's weights as heads, whatever their names, layout and biases."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import UnsupportedFamilyError
-from uptrain.families import registry
+from uptrain.families import meta
 from uptrain.families.layouts import join_heads, split_heads
 from uptrain.families.schema import Heads, HeadTensor, Layout
 
@@ -33,6 +34,8 @@ class AttentionNames:
     """Whether queries, keys and values have a bias."""
     gated: bool
     """Whether each query head's rows are followed by as many rows of an output gate."""
+    layouts: Mapping[str, Layout]
+    """Of all tensors that follow the number of KV heads, norms among them, by name."""
 
     @property
     def projections(self) -> set[str]:
@@ -87,14 +90,15 @@ def find_attention(
         heads: The head counts.
 
     Raises:
-        UnsupportedFamilyError: If a part cannot be told, so that only pooling is possible.
+        UnsupportedFamilyError: If a part cannot be told, or anything but projections and norms
+            follows the number of KV heads, so that only pooling is possible.
     """
     projections = [name for name in layouts if name.endswith(".weight") and not is_norm(name)]
     modules = {name.rsplit(".", 2)[0] for name in projections}
     if len(modules) != 1:
         raise UnsupportedFamilyError(
-            f"a layer has {len(modules)} attention blocks ({', '.join(sorted(modules))}), and only layers with "
-            "one can be calibrated; use --method mean"
+            f"its KV heads are in {', '.join(sorted(modules))}, expected plain key and value projections side "
+            "by side; use --method mean without --calibration"
         )
     module = modules.pop()
     leaves = sorted(name.rsplit(".", 2)[1] for name in projections)
@@ -106,12 +110,12 @@ def find_attention(
     else:
         raise UnsupportedFamilyError(
             f"the queries, keys and values of {module} cannot be told among {', '.join(leaves)}; "
-            "use --method mean"
+            "use --method mean without --calibration"
         )
     outputs = [name for name in _OUTPUTS if f"{module}.{name}.weight" in tensors]
     if len(outputs) != 1:
         raise UnsupportedFamilyError(
-            f"the output projection of {module} cannot be told; use --method mean"
+            f"the output projection of {module} cannot be told; use --method mean without --calibration"
         )
     rows = tensors[f"{module}.{query}.weight"][0]
     key_rows = tensors[f"{module}.{key}.weight"][0]
@@ -124,11 +128,11 @@ def find_attention(
         )
         if per_query * K not in (key_rows, 2 * key_rows) or inputs * K != value_rows * H:
             raise UnsupportedFamilyError(
-                f"a layer's {module} has another number of query heads than the config says, and only one "
-                "number for all layers can be calibrated; use --method mean"
+                f"its {module} has another number of query heads than the config says, expected one number "
+                "for all layers; use --method mean without --calibration"
             )
     gated = layout is Layout.SEPARATE and (per_query == 2 * (key_rows // heads.num_key_value_heads))
-    return AttentionNames(
+    names = AttentionNames(
         module,
         layout,
         query,
@@ -137,7 +141,16 @@ def find_attention(
         outputs[0],
         has_bias=f"{module}.{key}.bias" in tensors,
         gated=gated,
+        layouts=layouts,
     )
+    for name, found in layouts.items():
+        is_gain = is_norm(name) and found is Layout.SEPARATE
+        if name.split(".")[-2] not in names.projections and not is_gain:
+            raise UnsupportedFamilyError(
+                f"its tensor {name} follows the number of KV heads beside the projections; "
+                "use --method mean without --calibration"
+            )
+    return names
 
 
 def read_heads(
@@ -205,51 +218,92 @@ def write_heads(parts: AttentionHeads, names: AttentionNames) -> dict[str, torch
     return state
 
 
+@contextmanager
+def add_to_keys(
+    layer: nn.Module, names: AttentionNames, parts: AttentionHeads, added: torch.Tensor
+) -> Iterator[None]:
+    """Add vectors to what the key projection returns, whether or not it has a bias.
+
+    Args:
+        layer: The layer.
+        names: From `find_attention`.
+        parts: From `read_heads`.
+        added: [K, head_dim, period]; position t gets column t modulo `period`.
+    """
+    period = added.shape[-1]
+
+    def nothing(rows: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*rows.shape[:-1], period).to(added)
+
+    columns = replace(
+        parts,
+        query=nothing(parts.query),
+        key=added,
+        value=nothing(parts.value),
+        gate=None if parts.gate is None else nothing(parts.gate),
+    )
+    written = write_heads(columns, replace(names, has_bias=False))
+    rows = written[f"{names.module}.{names.key}.weight"].mT
+
+    def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        order = torch.arange(output.shape[-2]) % period
+        return output + rows[order.to(rows.device)].to(output)
+
+    handle = layer.get_submodule(f"{names.module}.{names.key}").register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def find_layers(
-    checkpoint: Checkpoint, head_tensors: Mapping[str, HeadTensor], code: Path | None
-) -> tuple[dict[int, dict[str, Layout]], str]:
-    """Find, for each layer, the tensors that follow the number of KV heads, by name within it.
+    checkpoint: Checkpoint, head_tensors: Mapping[str, HeadTensor], heads: Heads, code: Path | None
+) -> tuple[dict[int, AttentionNames], str]:
+    """Find the attention block of each layer that has one.
+
+    Args:
+        checkpoint: The source.
+        head_tensors: Its tensors that follow the number of KV heads, by name in the files.
+        heads: Its head counts.
+        code: The checkpoint's folder if its own Python code may be executed.
 
     Returns:
-        Layouts by layer and name, and the name of the list of layers, such as `model.layers`.
+        Names by layer, and the name of the list of layers, such as `model.layers`.
+
+    Raises:
+        UnsupportedFamilyError: If the blocks are in no list of layers, in several, or as
+            `find_attention`.
     """
-    model = registry.build_on_meta(checkpoint.config, code)
-    in_memory = registry.names_in_memory(model, checkpoint.tensors)
+    model = meta.build_on_meta(checkpoint.config, code)
+    in_memory = meta.names_in_memory(model, checkpoint.tensors)
     found: dict[int, dict[str, Layout]] = {}
     stacks = set()
     for disk, tensor in head_tensors.items():
         match = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", in_memory.get(disk, ""))
         if match is None:
             raise UnsupportedFamilyError(
-                f"{checkpoint.name}: tensor {disk} is in no list of layers; use --method mean"
+                f"{checkpoint.name}: tensor {disk} is in no list of layers; use --method mean without --calibration"
             )
         stacks.add(match[1])
         found.setdefault(int(match[2]), {})[match[3]] = tensor.layout
     if len(stacks) != 1:
         raise UnsupportedFamilyError(
             f"{checkpoint.name}: KV heads are in {len(stacks)} stacks of layers ({', '.join(sorted(stacks))}), "
-            "which calibration does not cover yet; use --method mean"
+            "which calibration does not cover yet; use --method mean without --calibration"
         )
-    return found, stacks.pop()
-
-
-def rotary_dims(config: Mapping[str, Any], code: Path | None) -> list[int]:
-    """Numbers of leading channels of a head that may be rotated, from what the config says."""
-    parsed = registry.parse_config(config, code)
-    heads = registry.read_heads(config, code)
-    size = getattr(parsed, "head_dim", None) or parsed.hidden_size // heads.num_attention_heads
-    rope = getattr(parsed, "rope_parameters", None) or {}
-    parts = [rope.get("partial_rotary_factor")] if isinstance(rope, dict) else []
-    parts += [r.get("partial_rotary_factor") for r in rope.values() if isinstance(r, dict)]
-    parts += [getattr(parsed, "partial_rotary_factor", None), getattr(parsed, "rotary_pct", None)]
-    dims = {size} | {int(size * part) for part in parts if part}
-    dims |= {getattr(parsed, "rotary_dim", None) or size}
-    return sorted((n for n in dims if n % 2 == 0), reverse=True)
+    stack = stacks.pop()
+    names = {}
+    for index, layouts in sorted(found.items()):
+        state = model.get_submodule(f"{stack}.{index}").state_dict()
+        try:
+            names[index] = find_attention({n: t.shape for n, t in state.items()}, layouts, heads)
+        except UnsupportedFamilyError as error:
+            raise UnsupportedFamilyError(f"{checkpoint.name}: layer {index}: {error}") from error
+    return names, stack
 
 
 def merge_norms(
     state: Mapping[str, torch.Tensor],
-    layouts: Mapping[str, Layout],
     names: AttentionNames,
     heads: Heads,
     groups: Sequence[Sequence[int]],
@@ -258,26 +312,17 @@ def merge_norms(
 
     Args:
         state: The layer's tensors by name within the layer.
-        layouts: Layout of those that follow the number of KV heads.
         names: From `find_attention`.
         heads: The head counts of these tensors.
         groups: Source KV heads of each target head.
 
     Returns:
         float64 tensors by name within the layer.
-
-    Raises:
-        UnsupportedFamilyError: If anything but projections and norms follows the number of KV heads.
     """
     merged = {}
-    for name, layout in layouts.items():
-        module = name.split(".")[-2]
-        if module in names.projections:
+    for name, layout in names.layouts.items():
+        if name.split(".")[-2] in names.projections:
             continue
-        if "norm" not in module or layout is not Layout.SEPARATE:
-            raise UnsupportedFamilyError(
-                f"tensor {name} follows the number of KV heads beside the projections; use --method mean"
-            )
         (gains,) = split_heads(state[name].double(), layout, heads)[1]
         merged[name] = torch.stack([gains[list(group)].mean(0) for group in groups]).flatten(0, 1)
     return merged

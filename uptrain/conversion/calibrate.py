@@ -6,6 +6,7 @@ interrupted work goes on behind the last finished one.
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial as partial_of
 from pathlib import Path
@@ -20,25 +21,23 @@ from uptrain.checkpoint.writer import replace_file
 from uptrain.conversion import repair
 from uptrain.conversion.attention import (
     AttentionHeads,
-    AttentionNames,
-    find_attention,
+    add_to_keys,
     find_layers,
     merge_norms,
     read_heads,
-    rotary_dims,
     write_heads,
 )
 from uptrain.conversion.finished import LayerReport, fingerprint, layer_path, open_partial
-from uptrain.conversion.fit import Run
-from uptrain.conversion.freedom import Freedom, find_freedom
+from uptrain.conversion.freedom import Freedom, find_freedom, rotary_dims
 from uptrain.conversion.merge import Losses, merge_heads
+from uptrain.conversion.moments import balanced_signs, input_moments
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan, plan_conversion
 from uptrain.conversion.residual import MOMENT_TOKENS, ResidualStreams
 from uptrain.conversion.sample import draw_calibration
 from uptrain.conversion.stream import LayerStream
 from uptrain.errors import CheckpointError, UptrainError
-from uptrain.families import registry
+from uptrain.families.head_tensors import possible_head_counts
 from uptrain.loading import pick_device
 from uptrain.progress import progress
 
@@ -68,7 +67,7 @@ def merge_layers(
         DataError: If the calibration text cannot be used.
         UptrainError: If the device is missing or its memory too small.
     """
-    device = pick_device(options.device if options.calibration or options.device else "cpu")
+    device = _device(options)
     tokens = draw_calibration(plan.checkpoint, options, code) if options.calibration else None
     if tokens is not None and options.reconstruct_steps == 0:
         # Only second moments are taken then.
@@ -81,6 +80,22 @@ def merge_layers(
             f"device {device}: its memory is too small for a layer and the activations; lower "
             "--activation-bytes or --calibration-tokens, or use --device cpu"
         ) from error
+
+
+def check_layers(plan: Plan, options: Options, code: Path | None = None) -> None:
+    """Refuse what `merge_layers` refuses, as far as all layers' shapes and the first attention tell.
+
+    Args:
+        plan: The conversion.
+        options: How, without calibration text.
+        code: The checkpoint's folder if its own Python code may be executed.
+
+    Raises:
+        UnsupportedFamilyError: If the layers cannot be taken apart.
+        CheckpointError: If a weight that is looked at is not finite.
+        UptrainError: If the device is missing.
+    """
+    _Work(plan, options, Path(), _device(options), None, code).check()
 
 
 def survey(plan: Plan, options: Options, code: Path | None = None) -> list[dict[str, Any]]:
@@ -96,13 +111,18 @@ def survey(plan: Plan, options: Options, code: Path | None = None) -> list[dict[
         `value` and `key` energy that are discarded, averaged over the layers.
     """
     if plan.group_size == 1:  # changes no tensor, and what follows KV heads would not be known
-        fewest = registry.possible_head_counts(plan.checkpoint.config, code)[0]
+        fewest = possible_head_counts(plan.checkpoint.config, code)[0]
         plan = plan_conversion(plan.checkpoint, fewest, code)
     options = replace(options, calibration_tokens=min(options.calibration_tokens, MOMENT_TOKENS))
     device = pick_device(options.device)
     return _Work(
         plan, options, Path(), device, draw_calibration(plan.checkpoint, options, code), code
     ).survey()
+
+
+def _device(options: Options) -> torch.device:
+    """Where to work: without text a GPU has little to do, and is used only if asked for."""
+    return pick_device(options.device if options.calibration or options.device else "cpu")
 
 
 class _Work:
@@ -119,7 +139,7 @@ class _Work:
     ) -> None:
         self.plan, self.options, self.partial, self.device = plan, options, partial, device
         checkpoint = plan.checkpoint
-        self.layouts, self.stack = find_layers(plan.checkpoint, plan.head_tensors, code)
+        self.names, self.stack = find_layers(checkpoint, plan.head_tensors, plan.heads, code)
         self.source = LayerStream(checkpoint, checkpoint.config, self.stack, device, code)
         self.target = LayerStream(checkpoint, plan.config, self.stack, device, code, self.source)
         self.code = code
@@ -135,6 +155,11 @@ class _Work:
         entering = self.source.embed(probe[None])
         noise = torch.randn(entering.shape, generator=torch.Generator().manual_seed(0))
         self.probe = entering + noise.to(device) * entering.std()
+
+    @torch.no_grad()
+    def check(self) -> None:
+        first = min(self.names)
+        self._examine(first, self.source.layer(first))
 
     def run(self) -> list[LayerReport]:
         reports: list[LayerReport] = []
@@ -165,14 +190,14 @@ class _Work:
     def survey(self) -> list[dict[str, Any]]:
         """What each possible number of KV heads would discard, averaged over the layers."""
         K = self.plan.heads.num_key_value_heads
-        counts = registry.possible_head_counts(self.plan.checkpoint.config, self.code)
+        counts = possible_head_counts(self.plan.checkpoint.config, self.code)
         lost: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
         with progress("survey", len(self.source), "layers") as advance:
             for index in range(len(self.source)):
                 source = self.source.layer(index)
-                if index in self.layouts:
-                    names, parts, freedom = self._examine(index, source)
-                    losses = Losses(parts, freedom, self._moment(source, names, index))
+                if index in self.names:
+                    parts, freedom = self._examine(index, source)
+                    losses = Losses(parts, freedom, *self._moments(source, index))
                     for count in counts:
                         groups = losses.choose_groups(count, self.options.grouping, index)
                         lost[count].append(losses.discarded(groups))
@@ -192,49 +217,47 @@ class _Work:
             for count in reversed(counts)
         ]
 
-    def _examine(
-        self, index: int, source: nn.Module
-    ) -> tuple[AttentionNames, AttentionHeads, Freedom]:
+    def _examine(self, index: int, source: nn.Module) -> tuple[AttentionHeads, Freedom]:
         """Take a layer's attention block apart and probe what may be done to it."""
-        state = source.state_dict()
-        layouts = self.layouts[index]
-        names = find_attention({n: t.shape for n, t in state.items()}, layouts, self.plan.heads)
-        parts = read_heads(state, names, self.plan.heads)
+        names = self.names[index]
+        parts = read_heads(source.state_dict(), names, self.plan.heads)
 
-        def run_with(changed: AttentionHeads) -> Tensor:
+        def run_with(changed: AttentionHeads, added: Tensor | None = None) -> Tensor:
             state_now = {n: t.float() for n, t in write_heads(changed, names).items()}
             source.load_state_dict(state_now, strict=False)
-            return self.source.run(source, index, self.probe)
+            with nullcontext() if added is None else add_to_keys(source, names, parts, added):
+                return self.source.run(source, index, self.probe)
 
         freedom = find_freedom(parts, run_with, self.rotary_dims)
         run_with(parts)  # puts the original weights back
-        return names, parts, freedom
+        return parts, freedom
 
     @torch.no_grad()
     def _layer(self, index: int) -> LayerReport:
         report = LayerReport(index)
         source = self.source.layer(index)
-        if index not in self.layouts:  # no attention here
+        if index not in self.names:  # no attention here
             self.advance(max(1, self._steps()), f"layer {index}, no attention")
             if self.streams is not None:
                 self.streams.move(index, source, source)
             return report
-        names, parts, freedom = self._examine(index, source)
+        names = self.names[index]
+        parts, freedom = self._examine(index, source)
         report.freedom = asdict(freedom)
+        moment, covariance = self._moments(source, index)
         merged = merge_heads(
             parts,
             freedom,
-            self._moment(source, names, index),
+            moment,
             self.plan.num_key_value_heads,
+            covariance=covariance,
             method=self.options.method,
             grouping=self.options.grouping,
             seed=self.options.seed + 1000 * index,
         )
         report.groups = merged.groups
         report.discarded_energy = {"value": merged.discarded_value, "key": merged.discarded_key}
-        gains = merge_norms(
-            source.state_dict(), self.layouts[index], names, self.plan.heads, merged.groups
-        )
+        gains = merge_norms(source.state_dict(), names, self.plan.heads, merged.groups)
         written = {**write_heads(merged.parts, names), **gains}
         replaced = {name: tensor.float() for name, tensor in written.items()}
         layer = self.target.layer(index, replaced)
@@ -269,48 +292,21 @@ class _Work:
         done = safetensors.torch.load_file(path) if path.is_file() else {}
         return self.target.layer(index, {disk[name]: tensor for name, tensor in done.items()})
 
-    def _moment(self, layer: nn.Module, names: AttentionNames, index: int) -> Tensor:
-        """Second moment of the attention block's input, with a constant 1 where there are biases."""
-        seen: list[Tensor] = []
-        projection = layer.get_submodule(f"{names.module}.{names.key}")
-        handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        if self.streams is None:
-            # Balanced signs pass a norm unchanged: what is seen is its gain, C = diag(γ²). Each row goes
-            # with its negative, so that a LayerNorm's offset does not mix with the gain.
-            width = self.probe.shape[-1]
-            generator = torch.Generator().manual_seed(0)
-            order = torch.rand(_PROBE_TOKENS, width, generator=generator).argsort(-1)
-            signs = torch.where(order < width // 2, 1.0, -1.0)
-            batches = [torch.cat([signs, -signs])[None].to(self.probe)]
-            run: Run = partial_of(self.source.run, layer, index)
-        else:
-            batches = self.streams.some_batches(self.streams.converted)
-            run = self.streams.run_source(layer, index)
-        until_attention = repair.run_attention(layer, names, run)
-        total: Tensor | None = None
-        tokens = 0
-        try:
-            for batch in batches:
-                seen.clear()
-                until_attention(batch.to(self.probe))
-                entering = seen[0].flatten(0, -2).float()
-                if names.has_bias:
-                    entering = torch.cat([entering, torch.ones_like(entering[:, :1])], dim=1)
-                product = (entering.T @ entering).double()
-                total = product if total is None else total + product
-                tokens += len(entering)
-        finally:
-            handle.remove()
-        assert total is not None
-        moment = total / tokens
+    def _moments(self, layer: nn.Module, index: int) -> tuple[Tensor, Tensor]:
+        """Second moment and covariance of the attention block's input, or what stands for them."""
+        names = self.names[index]
         if self.streams is not None:
-            return moment
-        # Jin et al. align without weights; measured, weighting by the gain makes that worse.
-        return (
-            torch.eye(len(moment)).to(moment)
-            if self.options.method == "align"
-            else moment.diagonal().diag()
-        )
+            some = self.streams.some_batches(self.streams.converted)
+            run = self.streams.run_source(layer, index)
+            return input_moments(layer, names, run, (batch.to(self.probe) for batch in some))
+        run = partial_of(self.source.run, layer, index)
+        signs = balanced_signs(self.probe.shape[-1]).to(self.probe)
+        moment, covariance = input_moments(layer, names, run, [signs[None]])
+        if self.options.method == "align":
+            # Jin et al. align without weights; measured, weighting by the gain makes that worse.
+            identity = torch.eye(len(moment)).to(moment)
+            return identity, identity
+        return moment.diagonal().diag(), covariance.diagonal().diag()
 
     def _save(self, index: int, layer: nn.Module, source: nn.Module) -> None:
         """Write down the tensors that the conversion changed, rounded to the dtype of the files.

@@ -33,7 +33,7 @@ from uptrain.checkpoint.writer import (
     write_json,
     write_tensors,
 )
-from uptrain.conversion.calibrate import merge_layers, survey
+from uptrain.conversion.calibrate import check_layers, merge_layers, survey
 from uptrain.conversion.finished import LayerReport, finished_tensors
 from uptrain.conversion.options import DEFAULT_TOKENS, Options, make_options
 from uptrain.conversion.plan import Plan, plan_conversion
@@ -123,14 +123,17 @@ def convert(
     plan = plan_conversion(checkpoint, num_key_value_heads, code)
     _check_disk(plan, target)
     result = {**plan.summary(), "target": str(target), **options.describe()}
+    by_layer = options.by_layer and plan.group_size > 1
     if dry_run:
         if options.calibration is not None:
             result["choices"] = survey(plan, options, code)
+        elif by_layer:
+            check_layers(plan, options, code)
         return result
     partial = side_folders(Path(os.path.abspath(target)))[2]
     with staged_folder(target, overwrite) as folder:
         layers: list[LayerReport] = []
-        if options.by_layer and plan.group_size > 1:
+        if by_layer:
             try:
                 layers = merge_layers(plan, options, partial, code)
             finally:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 FLOOR = 1e-12
 """Smallest part of a largest eigenvalue that is told from zero."""
+# Of the subspace iteration: rounds, shift as a part of the mean eigenvalue, numbers held at a time.
+_ITERATIONS, _SHIFT, _SLICE_NUMBERS = 12, 1e-3, 2**25
 
 
 def value_output_gram(value: Tensor, output: Tensor, moment: Tensor) -> Tensor:
@@ -40,7 +42,6 @@ def key_query_gram(
     moment: Tensor,
     *,
     key_moment: Tensor | None = None,
-    query_moment: Tensor | None = None,
 ) -> Tensor:
     """Like `value_output_gram`, for keys without rotary embedding.
 
@@ -49,13 +50,12 @@ def key_query_gram(
         query: [heads, queries, head_dim, inputs].
         moment: [inputs, inputs].
         key_moment: [inputs, inputs], as in `factorize_key_query_full`.
-        query_moment: [heads, head_dim, head_dim], as in `factorize_key_query_full`.
 
     Returns:
         [heads, head_dim, heads, head_dim], float64.
     """
     heads, head_dim, inputs = key.shape
-    root, _ = query_roots(query, moment, query_moment)
+    root, _ = query_roots(query, moment)
     stacked = (root @ key.double()).reshape(heads * head_dim, inputs)
     used = moment.double() if key_moment is None else key_moment.double()
     return (stacked @ used @ stacked.T).reshape(heads, head_dim, heads, head_dim)
@@ -89,24 +89,118 @@ def rotary_query_energy(queries: Tensor, moment: Tensor) -> Tensor:
     return ((queries @ moment.to(queries.dtype)) * queries.conj()).sum(-1).real.sum(1)
 
 
+def mean_gram(heads: Tensor, moment: Tensor) -> Tensor:
+    """Inner products of whole heads, where no change of basis is allowed and the mean is taken.
+
+    Args:
+        heads: [heads, head_dim, inputs].
+        moment: [inputs, inputs].
+
+    Returns:
+        [heads, heads], float64.
+    """
+    return torch.einsum("adi,ij,bdj->ab", heads.double(), moment.double(), heads.double())
+
+
+def total_energy(gram: Tensor) -> float:
+    """The energy of all heads together, from any of the Gram matrices above."""
+    if gram.dim() == 3:
+        return float(torch.diagonal(gram, dim1=1, dim2=2).real.sum())
+    size = gram.shape[0] if gram.dim() == 2 else gram.shape[0] * gram.shape[1]
+    return float(gram.reshape(size, size).trace())
+
+
 def group_discarded_energy(gram: Tensor, group: tuple[int, ...]) -> float:
     """The error of merging a group, from a Gram matrix of all heads.
 
     Args:
-        gram: [heads, head_dim, heads, head_dim] (any linear map) or [pairs, heads, heads]
-            (rotary pairs).
+        gram: [heads, head_dim, heads, head_dim] (any linear map), [pairs, heads, heads]
+            (rotary pairs) or [heads, heads] (the mean).
         group: The heads to merge.
 
     Returns:
         The energy that the best shared head discards.
     """
     index = torch.tensor(group, device=gram.device)
+    if gram.dim() == 2:
+        block = gram[index][:, index]
+        return max(0.0, float(block.trace() - block.sum() / len(group)))
     if gram.dim() == 3:
         block = gram[:, index][:, :, index]
         return float(torch.linalg.eigvalsh(block)[..., :-1].clamp(min=0).sum())
     size = len(group) * gram.shape[1]
     block = gram[index][:, :, index].reshape(size, size)
     return float(torch.linalg.eigvalsh(block)[: size - gram.shape[1]].clamp(min=0).sum())
+
+
+def pair_discarded_energy(gram: Tensor) -> Tensor:
+    """What merging any two heads would discard: guides a search through many heads.
+
+    In closed form for rotary pairs and for the mean. For any linear map all pairs are decomposed on
+    a CPU; a GPU, which works through decompositions of this size one by one, takes the bound of
+    `discarded_bound`.
+
+    Args:
+        gram: As in `group_discarded_energy`.
+
+    Returns:
+        [heads, heads], float64, symmetric, zero on the diagonal.
+    """
+    if gram.dim() < 4:
+        own = torch.diagonal(gram, dim1=-2, dim2=-1).real
+        mean = (own[..., :, None] + own[..., None, :]) / 2
+        if gram.dim() == 2:
+            return (mean - gram).clamp(min=0)
+        apart = (own[..., :, None] - own[..., None, :]) / 2
+        smaller = (mean - (apart.square() + gram.abs().square()).sqrt()).clamp(min=0).sum(0)
+        return smaller.fill_diagonal_(0)
+    heads, rank = gram.shape[:2]
+    found = torch.zeros(heads, heads, dtype=torch.float64, device=gram.device)
+    pairs = torch.triu_indices(heads, heads, 1, device=gram.device).T
+    for pair in pairs.split(max(1, _SLICE_NUMBERS // (2 * rank) ** 2)):
+        blocks = gram[pair[:, :, None], :, pair[:, None, :]]
+        blocks = blocks.transpose(2, 3).reshape(len(pair), 2 * rank, 2 * rank)
+        if gram.device.type == "cpu":
+            discarded = torch.linalg.eigvalsh(blocks)[:, :rank].clamp(min=0).sum(1)
+        else:
+            discarded = discarded_bound(blocks)
+        found[pair[:, 0], pair[:, 1]] = discarded
+    return found + found.T
+
+
+def discarded_bound(blocks: Tensor) -> Tensor:
+    """A close upper bound of the lower half of the eigenvalues' sum, from matrix products alone.
+
+    The leading eigenspaces of all matrices are found together by subspace iteration from one random
+    start. Measured on heads of 16 to 64 channels that have something in common, the bound lies at
+    most 4% above the sum and keeps the order of the pairs (correlation above 0.999).
+
+    Args:
+        blocks: [count, 2 rank, 2 rank], float64, positive semidefinite.
+
+    Returns:
+        [count], float64.
+
+    Source: Halko, Martinsson, Tropp 2011, arXiv:0909.4061, algorithm 4.4; the last step is a
+        Nystrom approximation, section 5.5 there.
+    """
+    rank = blocks.shape[1] // 2
+    size = torch.diagonal(blocks, dim1=1, dim2=2).mean(-1)
+    # Of mean eigenvalue 1; the shift keeps the factors below regular and moves no eigenvector.
+    blocks = blocks / torch.where(size > 0, size, 1.0)[:, None, None]
+    blocks.diagonal(dim1=1, dim2=2).add_(_SHIFT)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2 * rank, rank, generator=generator, dtype=torch.float64)
+    basis = start.to(blocks.device).expand(len(blocks), -1, -1)
+    for _ in range(_ITERATIONS):
+        image = blocks @ basis
+        factor = torch.linalg.cholesky(image.mT @ image)
+        basis = torch.linalg.solve_triangular(factor.mT, image, upper=True, left=False)
+    image = blocks @ basis
+    factor = torch.linalg.cholesky(basis.mT @ image)
+    kept = torch.linalg.solve_triangular(factor, image.mT, upper=False).square().sum((1, 2))
+    bound: Tensor = size * ((2 + _SHIFT) * rank - kept).clamp(min=0)
+    return bound
 
 
 def output_rows(value: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,14 +223,10 @@ def output_rows(value: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def query_roots(
-    query: Tensor, moment: Tensor, query_moment: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def query_roots(query: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     """Root of each member's query moment, and its inverse: both [members, head_dim, head_dim]."""
-    if query_moment is None:
-        rows = query.double()
-        query_moment = (rows @ moment.double() @ rows.mT).sum(1)
-    eigenvalues, vectors = torch.linalg.eigh(query_moment.double())
+    rows = query.double()
+    eigenvalues, vectors = torch.linalg.eigh((rows @ moment.double() @ rows.mT).sum(1))
     largest = eigenvalues[..., -1:]
     eigenvalues = torch.where(
         largest > 0, torch.maximum(eigenvalues, FLOOR * largest), torch.ones_like(eigenvalues)

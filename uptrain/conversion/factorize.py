@@ -106,7 +106,6 @@ def factorize_key_query_rotary(
     moment: Tensor,
     *,
     interleaved: bool = False,
-    query_energy: Tensor | None = None,
 ) -> SharedKey:
     """Share one K head in a group under rotary position embedding.
 
@@ -121,8 +120,6 @@ def factorize_key_query_rotary(
         query: [members, queries, rotary_dim, inputs], the rotary rows of Wq.
         moment: [inputs, inputs], C = E[x x^T] of the block's input, uncentred.
         interleaved: Rows 2m and 2m + 1 are a pair (GPT-J), else rows m and m + rotary_dim / 2.
-        query_energy: [members, rotary_dim / 2], w, where it does not follow from Wq and C (a norm
-            behind the projection).
 
     Returns:
         The shared rows, the new query rows, and the error.
@@ -135,7 +132,7 @@ def factorize_key_query_rotary(
     moment = moment.double()
     keys = complex_pairs(key.double(), interleaved=interleaved)
     queries = complex_pairs(query.double(), interleaved=interleaved)
-    weights = rotary_query_energy(queries, moment) if query_energy is None else query_energy
+    weights = rotary_query_energy(queries, moment)
     grams = rotary_gram(keys, moment, weights)
     eigenvalues, vectors = torch.linalg.eigh(grams)
     roots = safe_weights(weights).sqrt().T
@@ -168,7 +165,6 @@ def factorize_key_query_full(
     moment: Tensor,
     *,
     key_moment: Tensor | None = None,
-    query_moment: Tensor | None = None,
     seed: int = 0,
 ) -> SharedKey:
     """Share one K head in a group where no rotary embedding stands between queries and keys.
@@ -183,8 +179,6 @@ def factorize_key_query_full(
         moment: [inputs, inputs], C = E[x x^T] of the block's input, uncentred.
         key_moment: [inputs, inputs], used for the keys in place of `moment`: the centred moment,
             where a shift of all keys cancels in the softmax (no attention sink).
-        query_moment: [members, head_dim, head_dim], E[q q^T] summed over the query heads, where
-            it does not follow from Wq and C.
         seed: Of the rotation that fixes the free basis.
 
     Returns:
@@ -196,7 +190,7 @@ def factorize_key_query_full(
     _check_pairing(key, query)
     members, head_dim, inputs = key.shape
     _check_moment(moment, inputs)
-    root, inverse = query_roots(query, moment, query_moment)
+    root, inverse = query_roots(query, moment)
     stacked = (root @ key.double()).reshape(members * head_dim, inputs)
     used = moment.double() if key_moment is None else key_moment.double()
     basis, kept, energy = _leading(stacked @ used @ stacked.T, head_dim)

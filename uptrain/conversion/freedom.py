@@ -6,13 +6,16 @@ families is trusted for it. Each candidate change is made and undone on the real
 allowed if the layer's output stays, and if it does not stay once the undoing is left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from uptrain.conversion.attention import AttentionHeads
+from uptrain.families import registry
 
 # An allowed change moves the output by rounding only, a forbidden one by about as much as the change
 # without its undoing; the bound lies far from both.
@@ -48,16 +51,29 @@ class Freedom:
     """Channels 2m and 2m + 1 are a rotary pair, else m and m + rotary_dim / 2."""
     reorder: bool
     """Whether KV heads may change places together with their query heads."""
+    shift: bool = False
+    """Whether one vector may be added to all keys of a KV head, in the channels behind the rotary
+    ones: it cancels in a softmax without sinks."""
 
 
-def find_freedom(
-    parts: AttentionHeads, run: Callable[[AttentionHeads], torch.Tensor], rotary_dims: list[int]
-) -> Freedom:
+class Run(Protocol):
+    """Computes a layer's output, any shape, from changed weights."""
+
+    def __call__(self, parts: AttentionHeads, added: torch.Tensor | None = None, /) -> torch.Tensor:
+        """Run the layer with these weights.
+
+        Args:
+            parts: The attention block's weights.
+            added: [K, head_dim, 2], what the keys at even and at odd positions are shifted by.
+        """
+
+
+def find_freedom(parts: AttentionHeads, run: Run, rotary_dims: list[int]) -> Freedom:
     """Probe an attention block.
 
     Args:
         parts: Its weights.
-        run: Computes the layer's output, any shape, from changed weights.
+        run: Runs the layer.
         rotary_dims: Numbers of leading channels that may be the rotary ones.
 
     Returns:
@@ -66,20 +82,20 @@ def find_freedom(
     generator = torch.Generator().manual_seed(0)
     reference = run(parts)
 
-    def allows(made: AttentionHeads, undone: AttentionHeads) -> bool:
-        moved = (run(made) - reference).abs().max()
-        left = (run(undone) - reference).abs().max()
+    def allows(made: torch.Tensor, undone: torch.Tensor) -> bool:
+        moved, left = (made - reference).abs().max(), (undone - reference).abs().max()
         return bool(torch.isfinite(left)) and float(left) <= TOLERANCE * float(moved)
 
     turn = _random_maps(parts.value.shape[:2], generator).to(parts.value)
     changed = replace(parts, value=turn @ parts.value)
     absorbed = torch.einsum("kqhd,kde->kqhe", parts.output, torch.linalg.inv(turn))
-    value = Basis.FULL if allows(changed, replace(changed, output=absorbed)) else Basis.FIXED
+    undone = replace(changed, output=absorbed)
+    value = Basis.FULL if allows(run(changed), run(undone)) else Basis.FIXED
 
     order = torch.arange(len(parts.key)).roll(1).to(parts.key.device)  # every head moves
     moved_kv = replace(parts, key=parts.key[order], value=parts.value[order])
     # With one KV head there is nothing to reorder.
-    reorder = len(parts.key) > 1 and allows(moved_kv, parts.reordered(order))
+    reorder = len(parts.key) > 1 and allows(run(moved_kv), run(parts.reordered(order)))
 
     d = parts.key.shape[1]
     candidates = [(Basis.FULL, 0, False)]
@@ -93,9 +109,31 @@ def find_freedom(
         changed = replace(parts, key=maps @ parts.key)
         # Scores are q . k: the queries take the inverse's transpose.
         undone = replace(changed, query=inverses.mT[:, None] @ parts.query)
-        if allows(changed, undone):
-            return Freedom(value, basis, rotary_dim, interleaved, reorder)
+        if allows(run(changed), run(undone)):
+            added = torch.zeros(*parts.key.shape[:2], 2).to(parts.key)
+            if basis in (Basis.FULL, Basis.SCALED) and rotary_dim < d:
+                draw = torch.randn(len(parts.key), d, 1, generator=generator).to(added)
+                added += draw * parts.key.norm(dim=-1, keepdim=True)
+                added[:, :rotary_dim] = 0
+            # The same at all positions goes unnoticed, and with changing signs it does not.
+            signs = torch.tensor([1.0, -1.0]).to(added)
+            shift = bool(added.any()) and allows(run(parts, added * signs), run(parts, added))
+            return Freedom(value, basis, rotary_dim, interleaved, reorder, shift)
     return Freedom(value, Basis.FIXED, 0, False, reorder)
+
+
+def rotary_dims(config: Mapping[str, Any], code: Path | None) -> list[int]:
+    """Numbers of leading channels of a head that may be rotated, from what the config says."""
+    parsed = registry.parse_config(config, code)
+    heads = registry.read_heads(config, code)
+    size = getattr(parsed, "head_dim", None) or parsed.hidden_size // heads.num_attention_heads
+    rope = getattr(parsed, "rope_parameters", None) or {}
+    parts = [rope.get("partial_rotary_factor")] if isinstance(rope, dict) else []
+    parts += [r.get("partial_rotary_factor") for r in rope.values() if isinstance(r, dict)]
+    parts += [getattr(parsed, "partial_rotary_factor", None), getattr(parsed, "rotary_pct", None)]
+    dims = {size} | {int(size * part) for part in parts if part}
+    dims |= {getattr(parsed, "rotary_dim", None) or size}
+    return sorted((n for n in dims if n % 2 == 0), reverse=True)
 
 
 def _key_maps(

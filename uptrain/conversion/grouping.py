@@ -10,6 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
 from uptrain.errors import HeadCountError
 
 Groups = list[list[int]]
@@ -46,7 +49,7 @@ def search(
     num_target_heads: int,
     cost: Callable[[tuple[int, ...]], float],
     *,
-    pair_cost: Sequence[Sequence[float]] | None = None,
+    pair_cost: Tensor | None = None,
     num_starts: int = 8,
     seed: int = 0,
 ) -> Groups:
@@ -86,11 +89,12 @@ def search(
 
     def by_pairs(group: Sequence[int]) -> float:
         assert pair_cost is not None
-        return sum(pair_cost[a][b] for i, a in enumerate(group) for b in group[i + 1 :])
+        members = list(group)
+        return float(pair_cost[members][:, members].sum()) / 2
 
-    descent_cost = exact if pair_cost is None else by_pairs
     draw = random.Random(seed)
-    starts = [best, _greedy(num_source_heads, num_target_heads, descent_cost)]
+    quick_cost = exact if pair_cost is None else by_pairs
+    starts = [best, _greedy(num_source_heads, num_target_heads, quick_cost)]
     for _ in range(max(0, num_starts - len(starts))):
         heads = list(range(num_source_heads))
         draw.shuffle(heads)
@@ -98,7 +102,7 @@ def search(
         starts.append([heads[i : i + size] for i in range(0, num_source_heads, size)])
     best_total = sum(exact(group) for group in best)
     for start in starts[: max(1, num_starts)]:
-        groups = _descend(start, descent_cost)
+        groups = _descend(start, exact) if pair_cost is None else _descend_pairs(start, pair_cost)
         total = sum(exact(group) for group in groups)
         if total < best_total * (1 - 1e-12):
             best, best_total = groups, total
@@ -125,6 +129,25 @@ def _descend(groups: Groups, cost: Callable[[Sequence[int]], float]) -> Groups:
         a, b, first, second = best_swap
         groups[a], groups[b] = first, second
         costs[a], costs[b] = cost(first), cost(second)
+
+
+def _descend_pairs(groups: Groups, pair_cost: Tensor) -> Groups:
+    """`_descend` where a group costs the sum of its pairs: all swaps are judged at once."""
+    size = len(groups[0])
+    heads = torch.tensor(groups).flatten()  # by place: heads 0 … size - 1 make up the first group
+    group = torch.arange(len(heads)) // size
+    same = group[:, None] == group
+    tolerance = 1e-12 * float(pair_cost.sum())
+    while True:
+        costs = pair_cost[heads][:, heads]
+        towards = costs.unflatten(1, (-1, size)).sum(-1)[:, group]  # of a head and another's group
+        own = towards.diagonal()
+        gains = own[:, None] + own - towards - towards.T + 2 * costs
+        gain, place = gains.masked_fill(same, 0.0).flatten().max(0)
+        if gain <= tolerance:
+            return heads.view(-1, size).tolist()
+        a, b = divmod(int(place), len(heads))
+        heads[[a, b]] = heads[[b, a]]
 
 
 def _swapped(

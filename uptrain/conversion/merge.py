@@ -1,6 +1,5 @@
 """Merge one attention block's heads into fewer, as far as its freedom allows."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,6 +37,7 @@ def merge_heads(
     *,
     method: str,
     grouping: str,
+    covariance: Tensor | None = None,
     seed: int = 0,
 ) -> Merged:
     """Merge KV heads in groups, and let the query and output projections absorb what they can.
@@ -51,14 +51,19 @@ def merge_heads(
         method: `mean`, `first`, `align` or `factorize`.
         grouping: `contiguous` or `search`; a block whose heads must keep their places gets
             `contiguous`.
+        covariance: [inputs, inputs], the centred moment: takes the place of `moment` for keys that
+            may be shifted.
         seed: Of the free basis of shared heads.
     """
     G = num_key_value_heads
-    losses = Losses(parts, freedom, moment)
+    losses = Losses(parts, freedom, moment, covariance)
+    key_moment = _key_moment(freedom, moment, covariance)
     groups = losses.choose_groups(G, grouping, seed)
     value, key = losses.discarded(groups)
     merged = [
-        _merge_group(parts.reordered(torch.tensor(group)), freedom, moment, method, seed + index)
+        _merge_group(
+            parts.reordered(torch.tensor(group)), freedom, moment, key_moment, method, seed + index
+        )
         for index, group in enumerate(groups)
     ]
     order = torch.tensor([head for group in groups for head in group])
@@ -82,18 +87,26 @@ def merge_heads(
 class Losses:
     """What merging any heads of one attention block would discard."""
 
-    def __init__(self, parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> None:
+    def __init__(
+        self,
+        parts: AttentionHeads,
+        freedom: Freedom,
+        moment: Tensor,
+        covariance: Tensor | None = None,
+    ) -> None:
         """Form the inner products of all heads, from which every group's loss follows.
 
         Args:
             parts: The block's weights, K KV heads.
             freedom: What changes of basis the block allows.
             moment: [inputs, inputs], as in `merge_heads`.
+            covariance: [inputs, inputs], as there.
         """
         self._heads, self._reorder = len(parts.key), freedom.reorder
-        self._value, self._value_total = _value_cost(parts, freedom, moment)
-        self._key, self._key_total = _key_cost(parts, freedom, moment)
-        self._pairs: list[list[float]] | None = None
+        self._value = _Part(_value_grams(parts, freedom, moment))
+        key_moment = _key_moment(freedom, moment, covariance)
+        self._key = _Part(_key_grams(parts, freedom, moment, key_moment))
+        self._pairs: Tensor | None = None
 
     def choose_groups(self, num_key_value_heads: int, grouping: str, seed: int = 0) -> Groups:
         """Choose which heads are merged: neighbours, or those that lose least together."""
@@ -101,25 +114,47 @@ class Losses:
         if grouping != "search" or not self._reorder or G in (1, K):
             return contiguous(K, G)
         if K >= _PAIRWISE_FROM and self._pairs is None:
-            costs = [[self._cost((a, b)) for b in range(a + 1, K)] for a in range(K)]
-            self._pairs = [
-                [0.0 if a == b else costs[min(a, b)][abs(a - b) - 1] for b in range(K)]
-                for a in range(K)
-            ]
+            self._pairs = (self._value.of_pairs() + self._key.of_pairs()).cpu()
         return search(K, G, self._cost, pair_cost=self._pairs, seed=seed)
 
     def discarded(self, groups: Groups) -> tuple[float, float]:
         """Parts of the value-output energy and of the scores' that these groups discard, 0 … 1."""
         members = [tuple(group) for group in groups]
-        value = sum(map(self._value, members)) / self._value_total
-        return value, sum(map(self._key, members)) / self._key_total
+        return self._value.of(members), self._key.of(members)
 
     def _cost(self, group: tuple[int, ...]) -> float:
-        return self._value(group) / self._value_total + self._key(group) / self._key_total
+        return self._value.of([group]) + self._key.of([group])
+
+
+class _Part:
+    """What merging discards of one kind of energy, as a part of the whole."""
+
+    def __init__(self, grams: list[Tensor]) -> None:
+        self._grams = grams
+        self._total = max(sum(map(energy.total_energy, grams)), 1e-300)
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def of(self, groups: list[tuple[int, ...]]) -> float:
+        """What these groups discard together."""
+        for group in groups:
+            if group not in self._known:
+                lost = (energy.group_discarded_energy(gram, group) for gram in self._grams)
+                self._known[group] = sum(lost)
+        return sum(self._known[group] for group in groups) / self._total
+
+    def of_pairs(self) -> Tensor:
+        """What each two heads discard, [heads, heads]."""
+        pairs = torch.stack([energy.pair_discarded_energy(gram) for gram in self._grams])
+        return pairs.sum(0) / self._total
 
 
 def _merge_group(
-    parts: AttentionHeads, freedom: Freedom, moment: Tensor, method: str, seed: int
+    parts: AttentionHeads,
+    freedom: Freedom,
+    moment: Tensor,
+    key_moment: Tensor,
+    method: str,
+    seed: int,
 ) -> AttentionHeads:
     """Merge all KV heads of `parts` into one: key and value [1, …], query and output by member."""
     if method == "first":
@@ -134,12 +169,17 @@ def _merge_group(
         value, output, _ = align.align_value_output(parts.value, parts.output, moment)
     key, query = parts.key.mean(0), parts.query
     if method != "mean":
-        key, query = _merge_keys(parts, freedom, moment, method, seed)
+        key, query = _merge_keys(parts, freedom, moment, key_moment, method, seed)
     return replace(parts, key=key[None], query=query, value=value[None], output=output)
 
 
 def _merge_keys(
-    parts: AttentionHeads, freedom: Freedom, moment: Tensor, method: str, seed: int
+    parts: AttentionHeads,
+    freedom: Freedom,
+    moment: Tensor,
+    key_moment: Tensor,
+    method: str,
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Share one K head: [head_dim, inputs], and the queries [members, queries, head_dim, inputs]."""
     n, pairing = freedom.rotary_dim, freedom.interleaved
@@ -162,28 +202,32 @@ def _merge_keys(
         if freedom.key not in (Basis.FULL, Basis.SCALED):
             shared, undone = key.mean(0), query
         elif method == "factorize":
-            shared, undone, *_ = factorize.factorize_key_query_full(key, query, moment, seed=seed)
+            shared, undone, *_ = factorize.factorize_key_query_full(
+                key, query, moment, key_moment=key_moment, seed=seed
+            )
         else:
-            shared, undone, _ = align.align_key_query_full(key, query, moment)
+            shared, undone, _ = align.align_key_query_full(key, query, key_moment)
         keys.append(shared)
         queries.append(undone)
     return torch.cat(keys), torch.cat(queries, dim=2)
 
 
-Cost = Callable[[tuple[int, ...]], float]
+def _key_moment(freedom: Freedom, moment: Tensor, covariance: Tensor | None) -> Tensor:
+    """What weighs the inputs of keys without rotary embedding."""
+    return covariance if covariance is not None and freedom.shift else moment
 
 
-def _value_cost(parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> tuple[Cost, float]:
-    """What a group discards of the value-output energy, and the whole energy."""
+def _value_grams(parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> list[Tensor]:
+    """Inner products from which a group's loss of value-output energy follows."""
     if freedom.value is Basis.FIXED:
-        return _mean_cost(parts.value, moment)
-    gram = energy.value_output_gram(parts.value, parts.output, moment)
-    total = float(gram.flatten(2).flatten(0, 1).trace())
-    return (lambda group: energy.group_discarded_energy(gram, group)), max(total, 1e-300)
+        return [energy.mean_gram(parts.value, moment)]
+    return [energy.value_output_gram(parts.value, parts.output, moment)]
 
 
-def _key_cost(parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> tuple[Cost, float]:
-    """What a group discards of the scores' energy, and the whole energy."""
+def _key_grams(
+    parts: AttentionHeads, freedom: Freedom, moment: Tensor, key_moment: Tensor
+) -> list[Tensor]:
+    """Inner products from which a group's loss of the scores' energy follows, summed."""
     n = freedom.rotary_dim
     grams: list[Tensor] = []
     if n:
@@ -195,30 +239,9 @@ def _key_cost(parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> tuple[
             weights = energy.rotary_query_energy(queries, moment)
         grams.append(energy.rotary_gram(keys, moment, weights))
     if n < parts.key.shape[1]:
-        if freedom.key not in (Basis.FULL, Basis.SCALED):
-            if not grams:
-                return _mean_cost(parts.key, moment)
-        else:
-            grams.append(energy.key_query_gram(parts.key[:, n:], parts.query[:, :, n:], moment))
-    total = sum(
-        float(
-            torch.diagonal(gram, dim1=1, dim2=2).real.sum()
-            if gram.dim() == 3
-            else gram.flatten(2).flatten(0, 1).trace()
-        )
-        for gram in grams
-    )
-    return (lambda group: sum(energy.group_discarded_energy(gram, group) for gram in grams)), max(
-        total, 1e-300
-    )
-
-
-def _mean_cost(heads: Tensor, moment: Tensor) -> tuple[Cost, float]:
-    """What the mean of heads [K, d, inputs] discards, where no change of basis is allowed."""
-    gram = torch.einsum("adi,ij,bdj->ab", heads.double(), moment.double(), heads.double())
-
-    def cost(group: tuple[int, ...]) -> float:
-        block = gram[list(group)][:, list(group)]
-        return max(0.0, float(block.trace() - block.sum() / len(group)))
-
-    return cost, max(float(gram.trace()), 1e-300)
+        if freedom.key in (Basis.FULL, Basis.SCALED):
+            key, query = parts.key[:, n:], parts.query[:, :, n:]
+            grams.append(energy.key_query_gram(key, query, moment, key_moment=key_moment))
+        elif not grams:
+            grams.append(energy.mean_gram(parts.key, moment))
+    return grams

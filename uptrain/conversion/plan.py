@@ -10,6 +10,13 @@ from uptrain.checkpoint.reader import DTYPE_NAMES, DTYPES, Checkpoint
 from uptrain.checkpoint.writer import TensorSpec
 from uptrain.errors import CheckpointError, HeadCountError, UnsupportedFamilyError
 from uptrain.families import registry
+from uptrain.families.head_tensors import (
+    can_have_heads,
+    check_shapes,
+    head_tensors,
+    kv_cache_bytes_per_token,
+    possible_head_counts,
+)
 from uptrain.families.schema import Heads, HeadTensor
 
 
@@ -99,15 +106,15 @@ def plan_conversion(
     with _naming(checkpoint.folder):
         heads = registry.read_heads(config, code)
         shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-        registry.check_shapes(config, shapes, code)
+        check_shapes(config, shapes, code)
         K = heads.num_key_value_heads
-        if not registry.can_have_heads(config, G, code):
-            possible = registry.possible_head_counts(config, code)
+        if not can_have_heads(config, G, code):
+            possible = possible_head_counts(config, code)
             raise HeadCountError(
                 f"num_key_value_heads={G}: cannot be had from the {K} KV heads of {checkpoint.name}; "
                 f"choose one of {', '.join(map(str, possible))}"
             )
-        tensors = {tensor.name: tensor for tensor in registry.head_tensors(config, G, shapes, code)}
+        tensors = {tensor.name: tensor for tensor in head_tensors(config, G, shapes, code)}
         for name in tensors:
             dtype = DTYPES[checkpoint.tensors[name].dtype]
             if not dtype.is_floating_point or dtype.itemsize < 2:
@@ -128,7 +135,7 @@ def plan_conversion(
         head_tensors=tensors,
         config=registry.with_key_value_heads(config, G, code) if G != K else dict(config),
         specs=specs,
-        kv_cache_bytes_per_token=registry.kv_cache_bytes_per_token(config, code),
+        kv_cache_bytes_per_token=kv_cache_bytes_per_token(config, code),
     )
 
 
@@ -143,10 +150,10 @@ def inspect(checkpoint: Checkpoint, code: Path | None = None) -> dict[str, Any]:
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     with _naming(checkpoint.folder):
         heads = registry.read_heads(config, code)
-        registry.check_shapes(config, shapes, code)
-        possible = registry.possible_head_counts(config, code)
-        registry.head_tensors(config, possible[0], shapes, code)
-        cached = registry.kv_cache_bytes_per_token(config, code)
+        check_shapes(config, shapes, code)
+        possible = possible_head_counts(config, code)
+        head_tensors(config, possible[0], shapes, code)
+        cached = kv_cache_bytes_per_token(config, code)
     K = heads.num_key_value_heads
     return {
         "model": checkpoint.name,

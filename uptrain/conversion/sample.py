@@ -11,7 +11,8 @@ import torch
 
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.options import Options
-from uptrain.data import encode_documents, read_documents
+from uptrain.data import read_documents
+from uptrain.data.encoding import encode_documents
 from uptrain.errors import DataError
 from uptrain.families.registry import parse_config
 from uptrain.loading import context_length, load_tokenizer
@@ -55,7 +56,7 @@ def draw_blocks(
     not grow with the file. Each long passage gives one block, short ones are joined.
 
     Args:
-        path: Text or jsonl, as `read_documents` takes it.
+        path: Text, jsonl or parquet, as `read_documents` takes it.
         tokenizer: The model's.
         tokens: How many to draw; rounded to whole blocks, at least one.
         length: Tokens of a block.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UnsupportedFamilyError
-from uptrain.families import registry
+from uptrain.families import meta
 
 
 class _Stop(Exception):
@@ -50,9 +50,9 @@ class LayerStream:
         self.device = device
         self._checkpoint = checkpoint
         self._stack = stack
-        self._model = registry.build_on_meta(config, code)
+        self._model = meta.build_on_meta(config, code)
         self._model.eval()
-        self._names = registry.names_in_memory(self._model, checkpoint.tensors)
+        self._names = meta.names_in_memory(self._model, checkpoint.tensors)
         self._layers: nn.ModuleList = self._model.get_submodule(stack)
         _fill_buffers(self._model, device)
         if twin is None:
@@ -201,7 +201,7 @@ class LayerStream:
             if any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs):
                 raise UnsupportedFamilyError(
                     f"{self._checkpoint.name}: its layers are given more of the text than hidden states, so they "
-                    "cannot be run one by one; use --method mean"
+                    "cannot be run one by one; use --method mean without --calibration"
                 )
 
     def _learn_return(self, tokens: torch.Tensor) -> None:
@@ -245,7 +245,7 @@ class LayerStream:
                     f"{self._checkpoint.folder}: tensor {disk} has NaN or infinite values; the checkpoint is "
                     "damaged, fetch it again"
                 )
-        return registry.load_into_memory(self._model, tensors)
+        return meta.load_into_memory(self._model, tensors)
 
     def _fill(self, module: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> None:
         """Put float32 tensors in the place of a module's empty ones."""
@@ -259,7 +259,7 @@ class LayerStream:
         if prefix and (missing := [n for n, p in module.named_parameters() if p.is_meta]):
             raise UnsupportedFamilyError(
                 f"{self._checkpoint.name}: tensor {prefix}{missing[0]} is not in the files under its own name, "
-                "so its layers cannot be run one by one; use --method mean"
+                "so its layers cannot be run one by one; use --method mean without --calibration"
             )
         buffers = {prefix + n: b for n, b in module.named_buffers()}
         inside = f"{self._stack}." if not prefix else " "
@@ -269,7 +269,7 @@ class LayerStream:
         if unset:
             raise UnsupportedFamilyError(
                 f"{self._checkpoint.name}: buffer {unset[0]} is neither in the files nor computed by "
-                "transformers, so its layers cannot be run one by one; use --method mean"
+                "transformers, so its layers cannot be run one by one; use --method mean without --calibration"
             )
 
 

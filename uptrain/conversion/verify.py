@@ -23,7 +23,7 @@ from uptrain.conversion.options import METHODS
 from uptrain.conversion.plan import Plan, plan_conversion
 from uptrain.conversion.pooling import POOLS
 from uptrain.errors import CheckpointError, UnsupportedFamilyError
-from uptrain.families import registry
+from uptrain.families import meta, registry
 from uptrain.progress import progress
 
 _DAMAGED = "is damaged, or was written by another version of uptrain; convert the source again"
@@ -121,7 +121,7 @@ def _check_shapes(
 ) -> None:
     try:
         found = registry.read_heads(checkpoint.config, code).num_key_value_heads
-        expected = registry.tensor_shapes(checkpoint.config, code)
+        expected = meta.tensor_shapes(checkpoint.config, code)
     except (CheckpointError, UnsupportedFamilyError) as error:
         problems.append(str(error))
         return

@@ -12,10 +12,12 @@ import numpy.typing as npt
 import torch
 
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
-from uptrain.data import encode_documents, read_documents
+from uptrain.data import read_documents
+from uptrain.data.encoding import encode_documents
 from uptrain.errors import CheckpointError, DataError, UnsupportedFamilyError, UptrainError
 from uptrain.evaluation.scoring import Scores, score
-from uptrain.families.registry import kv_cache_bytes_per_token, read_heads
+from uptrain.families.head_tensors import kv_cache_bytes_per_token
+from uptrain.families.registry import read_heads
 from uptrain.loading import (
     context_length,
     has_tokenizer,
@@ -54,7 +56,8 @@ def evaluate(
 
     Args:
         model: A checkpoint folder or a hub id. Its tokenizer is the one used.
-        data: A `.jsonl` file (`text` or `messages`) or a plain text file.
+        data: A `.jsonl` or `.parquet` file (`text` or `messages`), a data set that was saved to disk,
+            or a plain text file.
         reference: A checkpoint with the same tokenizer, usually the one that `model` was made of.
         max_tokens: Predict at most so many tokens, in whole blocks; the whole text if not given.
         sequence_length: Inputs of a block; the model's context, at most 2048, if not given.
@@ -86,9 +89,9 @@ def evaluate(
     if reference is not None:
         other = open_checkpoint(reference)
         other_config = load_config(other, trust_remote_code)
-        _check_same_vocabulary(checkpoint, config, other, other_config, trust_remote_code)
+        check_same_vocabulary(checkpoint, config, other, other_config, trust_remote_code)
         _block_length(other, other_config, length, max_tokens)
-    tokens, byte_counts = _read_tokens(Path(data), tokenizer, length, max_tokens)
+    tokens, byte_counts = read_tokens(Path(data), tokenizer, length, max_tokens)
     vocabulary = vocabulary_size(config)
     if vocabulary is not None and tokens.max() >= vocabulary:
         raise CheckpointError(
@@ -174,13 +177,27 @@ def _block_length(
     return length
 
 
-def _check_same_vocabulary(
+def check_same_vocabulary(
     checkpoint: Checkpoint,
     config: "PretrainedConfig",
     other: Checkpoint,
     other_config: "PretrainedConfig",
-    trust_remote_code: bool,
+    trust_remote_code: bool = False,
+    role: str = "reference",
 ) -> None:
+    """Refuse two checkpoints whose predictions cannot be compared token by token.
+
+    Args:
+        checkpoint: One of them.
+        config: Its own.
+        other: The other one.
+        other_config: Its own.
+        trust_remote_code: Run the code that their tokenizers bring along.
+        role: What the other one is, for the message.
+
+    Raises:
+        CheckpointError: If their vocabularies differ.
+    """
     sizes = vocabulary_size(config), vocabulary_size(other_config)
     same = sizes[0] == sizes[1]
     found = f"a vocabulary of {sizes[1]} tokens, {checkpoint.name} one of {sizes[0]}"
@@ -192,7 +209,7 @@ def _check_same_vocabulary(
         found = f"other tokens than {checkpoint.name}"
     if not same:
         raise CheckpointError(
-            f"{other.folder}: the reference has {found}; only models with one tokenizer can be "
+            f"{other.folder}: the {role} has {found}; only models with one tokenizer can be "
             "compared token by token"
         )
 
@@ -202,7 +219,7 @@ def _same_file(checkpoint: Checkpoint, other: Checkpoint, name: str) -> bool:
     return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def _read_tokens(
+def read_tokens(
     path: Path, tokenizer: Any, length: int, max_tokens: int | None
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Read as many whole blocks as there are, or as are wanted.

@@ -1,0 +1,145 @@
+"""The model of a config on the meta device, without weights, and the names of its tensors."""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from uptrain.errors import CheckpointError, one_line
+from uptrain.families.registry import parse_config, quiet
+
+
+def build_on_meta(config: Mapping[str, Any], code: Path | None = None) -> Any:
+    """Build the transformers model of a config on the meta device: no memory, no weights.
+
+    Raises:
+        CheckpointError: If transformers cannot build a model from the config.
+    """
+    parsed = copy.deepcopy(parse_config(config, code))  # model classes write into it
+    try:
+        with quiet(), torch.device("meta"):
+            cls = model_class(config)
+            if cls is AutoModelForCausalLM:
+                return cls.from_config(parsed, trust_remote_code=code is not None)
+            return cls._from_config(parsed)
+    except Exception as error:  # model classes fail in their own ways
+        raise CheckpointError(
+            f"config.json: transformers {transformers.__version__} cannot build {config['model_type']} "
+            f"from it ({one_line(error)}); check its values"
+        ) from error
+
+
+def model_class(config: Mapping[str, Any]) -> Any:
+    """Find the transformers class that a config's `architectures` names, else the causal one."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else ""
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    return cls if hasattr(cls, "from_pretrained") else AutoModelForCausalLM
+
+
+def tensor_shapes(
+    config: Mapping[str, Any], code: Path | None = None
+) -> Mapping[str, tuple[int, ...]]:
+    """Ask transformers for the name and shape of every tensor of a checkpoint with this config.
+
+    The class is built on the meta device: no memory is taken, no weight is read. Names are those of
+    the files, which differ from those in memory for families that transformers renames while loading.
+
+    Raises:
+        CheckpointError: If transformers cannot build a model from the config.
+    """
+    return _tensor_shapes(json.dumps(config), code)
+
+
+@lru_cache(maxsize=16)
+def _tensor_shapes(config_json: str, code: Path | None) -> Mapping[str, tuple[int, ...]]:
+    model = build_on_meta(json.loads(config_json), code)
+    return {name: tuple(tensor.shape) for name, tensor in _names_as_saved(model).items()}
+
+
+def names_in_memory(model: Any, disk_names: Iterable[str]) -> dict[str, str]:
+    """Map the names of a checkpoint's files to a model's own.
+
+    Several tensors of the files can lead to one in memory (experts that transformers stacks): those
+    share a name here. Names that the model does not know are left out.
+    """
+    expected = model.state_dict()
+    rename, _ = _renaming(model, expected)
+    found = {}
+    for disk in disk_names:
+        name = disk if disk in expected else rename(disk)[0]
+        if name in expected:
+            found[disk] = name
+    return found
+
+
+def load_into_memory(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Bring tensors of a checkpoint's files into the form that a model has in memory.
+
+    Args:
+        model: As `build_on_meta` gives it.
+        tensors: By name in the files; complete for every tensor in memory that they lead to.
+
+    Returns:
+        The tensors by name in memory.
+    """
+    expected = model.state_dict()
+    rename, converters = _renaming(model, expected)
+    loaded: dict[str, torch.Tensor] = {}
+    pending: dict[str, Any] = {}
+    for disk in sorted(tensors, key=_natural):
+        name, pattern = (disk, None) if disk in expected else rename(disk)
+        if pattern is None:
+            loaded[name] = tensors[disk]
+            continue
+        pending.setdefault(name, copy.deepcopy(converters[pattern]))
+        pending[name].add_tensor(name, disk, pattern, tensors[disk])
+    for name, converter in pending.items():
+        made = converter.convert(name, model=model, config=model.config)
+        loaded |= {
+            key: value[0] if isinstance(value, list) else value for key, value in made.items()
+        }
+    return {name: tensor for name, tensor in loaded.items() if name in expected}
+
+
+def _renaming(
+    model: Any, expected: Mapping[str, Any]
+) -> tuple[Callable[[str], tuple[str, str | None]], dict[str, Any]]:
+    """Get transformers' own renaming of a file's names, and its converters by pattern."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # transformers 4 keeps the names of the file
+        return lambda name: (name, None), {}
+    transforms = get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    prefix = getattr(model, "base_model_prefix", "")
+
+    def rename(name: str) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = rename_source_key(
+            name, renamings, converters, prefix, expected
+        )
+        return renamed
+
+    return rename, {pattern: c for c in converters for pattern in c.source_patterns}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order `experts.10` behind `experts.9`, as stacking them needs."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _names_as_saved(model: Any) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 keeps the names of the file
+        return dict(state)
+    return dict(revert_weight_conversion(model, state))
