@@ -1,18 +1,16 @@
-"""Documents, their tokens and bytes, token shards, and the order of batches."""
+"""Documents: what is read of files and data sets, and what is refused."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny_run import EXAMPLE
 from transformers import AutoTokenizer
 
-from uptrain.data import EncodedDocument, encode_documents, read_documents
+from uptrain.data import Source, open_source, read_documents
 from uptrain.errors import DataError
-from uptrain.training import batches
-from uptrain.training.batches import Batches, TokenShards, batch_indices
 
 TEXTS = [
     "Plain words, and more of them.\n\n  Indented.  ",
@@ -72,7 +70,7 @@ def test_messages_go_through_the_chat_template(tmp_path, tokenizer):
         (b'{"text": "a"}\n\n{"text": "\xff"}\n', r"line 3 is not UTF-8 \(byte 0xff\); convert"),
         (b"[1, 2]\n", 'line 1 holds a JSON list, no object; expected {"text": "…"} or {"messages"'),
         (b'{"content": "a"}\n', r"line 1 has neither text nor messages \(its keys: content\)"),
-        (b'{"text": 3}\n', "line 1: text is a int, no string"),
+        (b'{"text": 3}\n', "line 1: text is a int, no string; correct it"),
         (b'{"text": "\\ud800"}\n', "line 1 holds half a surrogate pair"),
         (b"[" * 100_000, "line 1 is not JSON"),
     ],
@@ -88,7 +86,7 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, content, message):
 
 def test_a_bad_file_is_named(tmp_path, tokenizer):
     with pytest.raises(
-        DataError, match=r"a\.txt: does not exist; expected a \.jsonl or plain text"
+        DataError, match=r"a\.txt: does not exist; expected a \.jsonl, \.parquet or plain"
     ):
         list(read_documents(tmp_path / "a.txt", tokenizer))
     with pytest.raises(DataError, match="is a folder"):
@@ -99,194 +97,184 @@ def test_a_bad_file_is_named(tmp_path, tokenizer):
         list(read_documents(path, tokenizer))
 
 
-def test_tokens_are_the_tokenizers_own_with_one_in_front(tokenizer):
-    for text, document in zip(TEXTS, encode_documents(TEXTS, tokenizer), strict=True):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        front = [] if text.startswith("<|endoftext|>") else [tokenizer.bos_token_id]
-        assert document.tokens.tolist() == front + ids
-        assert document.byte_counts[0] == 0
+@pytest.mark.parametrize("chunk", [1, 5, 2**20])
+def test_a_file_is_read_in_chunks_without_a_trace(tmp_path, tokenizer, monkeypatch, chunk):
+    monkeypatch.setattr("uptrain.data.files._READ_BYTES", chunk)
+    path = tmp_path / "a.txt"
+    text = "漢字 and\r\n😀 wörds\n" * 3
+    path.write_text("\ufeff" + text, newline="")
+    if chunk > 1:  # the mark has three bytes
+        assert list(read_documents(path, tokenizer)) == [text]
+    path.write_bytes(text.encode() + b"\n\xff")
+    with pytest.raises(DataError, match=r"line 8 is not UTF-8 \(byte 0xff\)"):
+        list(read_documents(path, tokenizer))
+    path.write_bytes("é".encode()[:1])
+    with pytest.raises(DataError, match=r"line 1 is not UTF-8 \(byte 0xc3\)"):
+        list(read_documents(path, tokenizer))
 
 
-def test_byte_counts_add_up_to_the_text(tokenizer):
-    for text, document in zip(TEXTS, encode_documents(TEXTS, tokenizer), strict=True):
-        special = len("<|endoftext|>") if text.startswith("<|") else 0
-        assert document.byte_counts.sum() == len(text.encode()) - special
-        assert len(document.byte_counts) == len(document.tokens)
-        assert document.byte_counts.min(initial=0) >= 0
+def test_packed_files_are_unpacked(tmp_path, tokenizer):
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(lines))
+    assert list(read_documents(path, tokenizer)) == TEXTS
+    text = tmp_path / "a.txt.gz"
+    text.write_bytes(gzip.compress(b"some words"))
+    assert list(read_documents(text, tokenizer)) == ["some words"]
+    path.write_bytes(gzip.compress(lines)[:-12])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: cannot be read"):
+        list(read_documents(path, tokenizer))
+    path.write_bytes(lines)
+    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read \(Not a gzipped file"):
+        list(read_documents(path, tokenizer))
 
 
-def test_a_long_document_is_cut_without_a_trace(tokenizer, monkeypatch):
-    text = "Some words of a long text,\nin lines and sentences. " * 40
-    (whole,) = encode_documents([text], tokenizer)
-    monkeypatch.setattr("uptrain.data._PIECE_CHARACTERS", 100)
-    monkeypatch.setattr("uptrain.data._BATCH_CHARACTERS", 250)
-    first, second = encode_documents([text, "x" * 1000], tokenizer)
-    assert first.tokens.tolist() == whole.tokens.tolist()
-    assert first.byte_counts.tolist() == whole.byte_counts.tolist()
-    assert second.byte_counts.sum() == 1000
-
-
-def test_without_offsets_bytes_are_spread_evenly(tokenizer):
-    class Slow:
-        is_fast = False
-        bos_token_id = None
-        eos_token_id = None
-
-        def __call__(self, texts, **options):
-            return {"input_ids": [[7, 8, 9] for _ in texts]}
-
-    (document,) = encode_documents(["zwölf Käse"], Slow())
-    assert document.tokens.tolist() == [7, 8, 9]
-    assert document.byte_counts.tolist() == [4, 4, 4]
-
-
-def shard_sources(tmp_path: Path) -> list[Path]:
-    return [
-        write(tmp_path / "a.jsonl", *({"text": f"document {i}"} for i in range(20))),
-        write(tmp_path / "b.jsonl", {"text": "another file"}),
-    ]
-
-
-def concatenated(paths: list[Path], tokenizer) -> list[int]:
-    documents: list[EncodedDocument] = []
-    for path in paths:
-        documents += encode_documents(read_documents(path, tokenizer), tokenizer)
-    return np.concatenate([document.tokens for document in documents]).tolist()
-
-
-def test_shards_hold_all_documents_in_order(tmp_path, tokenizer):
-    paths = shard_sources(tmp_path)
-    shards = TokenShards.prepare(tmp_path / "tokens", paths, tokenizer, shard_tokens=16)
-    expected = concatenated(paths, tokenizer)
-    assert shards.tokens == len(expected)
-    assert shards.read(0, shards.tokens).tolist() == expected
-    assert shards.read(10, 50).tolist() == expected[10:50]
-    assert shards.manifest["documents"] == 21
-    sizes = [shard["tokens"] for shard in shards.manifest["shards"]]
-    assert set(sizes[:-1]) == {16}
-    assert len(sizes) > 5
-    assert shards.manifest["dtype"] == "<u2"
-
-
-def test_shards_are_reused_until_something_changes(tmp_path, tokenizer, capsys):
-    paths = shard_sources(tmp_path)
-    folder = tmp_path / "tokens"
-    first = TokenShards.prepare(folder, paths, tokenizer)
-    made = (folder / "manifest.json").stat().st_mtime_ns
-    assert TokenShards.prepare(folder, paths, tokenizer).digest == first.digest
-    assert (folder / "manifest.json").stat().st_mtime_ns == made
-    assert capsys.readouterr().err == ""
-
-    write(paths[1], {"text": "other words"})
-    changed = TokenShards.prepare(folder, paths, tokenizer)
-    assert changed.digest != first.digest
-    assert "the text of data.train changed; tokenising again" in capsys.readouterr().err
-
-    other = AutoTokenizer.from_pretrained(EXAMPLE)
-    other.add_tokens(["another"])
-    TokenShards.prepare(folder, paths, other)
-    assert "the tokenizer changed" in capsys.readouterr().err
-
-    path = folder / "tokens-00000.bin"
-    path.write_bytes(path.read_bytes()[::-1])
-    assert TokenShards.prepare(folder, paths, other).read(0, 1).tolist() == [0]
-    assert "is damaged" in capsys.readouterr().err
-
-    (folder / "manifest.json").unlink()
-    TokenShards.prepare(folder, paths, other)
-    assert "is incomplete" in capsys.readouterr().err
-
-
-def test_a_killed_tokenisation_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    def die(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(batches, "write_json", die)
-    with pytest.raises(KeyboardInterrupt):
-        TokenShards.prepare(tmp_path / "tokens", shard_sources(tmp_path), tokenizer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
-
-
-def test_a_folder_of_something_else_is_not_replaced(tmp_path, tokenizer):
-    (tmp_path / "tokens").mkdir()
-    (tmp_path / "tokens" / "thesis.tex").write_text("")
-    with pytest.raises(DataError, match="holds no token shards but other files; move it away"):
-        TokenShards.prepare(tmp_path / "tokens", shard_sources(tmp_path), tokenizer)
-
-
-def test_text_without_a_token_is_refused(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", {"text": ""})
+def test_a_column_is_found_by_its_name(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"body": "one", "text": "two"})
+    assert list(read_documents(Source(path=str(path), column="body"), tokenizer)) == ["one"]
     with pytest.raises(
-        DataError, match=r"a\.jsonl: the text holds no token; expected text to train"
+        DataError, match=r'line 1 has no title \(its keys: body, text\); expected \{"title": "…"\}'
     ):
-        TokenShards.prepare(tmp_path / "tokens", [path], tokenizer)
-    assert not (tmp_path / "tokens").exists()
+        list(read_documents(Source(path=str(path), column="title"), tokenizer))
+    with pytest.raises(DataError, match=r"a\.jsonl: a file has no split; leave it out"):
+        open_source(Source(path=str(path), split="train"))
+    plain = tmp_path / "a.txt"
+    plain.write_text("words")
+    with pytest.raises(DataError, match=r"a\.txt: plain text has no column; leave it out"):
+        open_source(Source(path=str(plain), column="text"))
 
 
-def make_batches(tmp_path: Path, tokenizer, length: int = 4, batch: int = 8) -> Batches:
-    shards = TokenShards.prepare(
-        tmp_path / "tokens", shard_sources(tmp_path), tokenizer, shard_tokens=16
-    )
-    return Batches(shards, length, batch, seed=3)
+def read_bytes(source: Source) -> tuple[float, int]:
+    """What reading says it has read, and the files' size."""
+    documents = open_source(source)
+    done = sum(fragment.read_bytes for fragment in documents.read(None))
+    return done, sum(file.stat().st_size for file in documents.files)
 
 
-def test_blocks_feed_and_predict_as_the_readme_says(tmp_path, tokenizer):
-    made = make_batches(tmp_path, tokenizer)
-    tokens = concatenated(shard_sources(tmp_path), tokenizer)
-    assert made.blocks == (len(tokens) - 1) // 4
-    inputs, targets = made.read(range(made.blocks))
-    assert inputs.flatten().tolist() == tokens[: made.blocks * 4]
-    assert targets.flatten().tolist() == tokens[1 : made.blocks * 4 + 1]
+def test_reading_says_how_far_it_is(tmp_path):
+    lines = write(tmp_path / "a.jsonl", *({"text": text} for text in TEXTS))
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    plain = tmp_path / "c.txt"
+    plain.write_text("words\n" * 10)
+    for path in (lines, packed, plain):
+        done, size = read_bytes(Source(path=str(path)))
+        assert done == size
 
 
-def test_each_epoch_is_another_permutation(tmp_path, tokenizer):
-    blocks = 12
-    order = np.concatenate([batch_indices(step, 8, blocks, seed=1) for step in range(6)])
-    epochs = order.reshape(4, blocks)
-    assert all(sorted(epoch) == list(range(blocks)) for epoch in epochs.tolist())
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
-    other = np.concatenate([batch_indices(step, 8, blocks, seed=2) for step in range(6)])
-    assert order.tolist() != other.tolist()
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    """A parquet file of 200 rows in groups of 50."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"n": range(200), "text": [f"row {i} é" for i in range(200)]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=50)
+    return tmp_path / "a.parquet"
 
 
-def test_the_order_is_pure_and_stays_what_it_is():
-    again = [batch_indices(step, 8, 12, seed=1).tolist() for step in (5, 0, 5)]
-    assert again[0] == again[2]
-    # A changed order would make old checkpoints go on with other data.
-    assert batch_indices(0, 8, 100, seed=0).tolist() == [82, 36, 20, 5, 93, 16, 94, 52]
+def test_parquet_is_one_document_a_row(rows, tokenizer):
+    expected = [f"row {i} é" for i in range(200)]
+    assert list(read_documents(rows, tokenizer)) == expected
+    done, size = read_bytes(Source(path=str(rows), column="text"))
+    assert done == pytest.approx(size)
+    with pytest.raises(DataError, match=r"has no column body; set column to one of n, text"):
+        open_source(Source(path=str(rows), column="body"))
+    with pytest.raises(DataError, match=r"a.parquet: row 1: n is a int, no string"):
+        list(read_documents(Source(path=str(rows), column="n"), tokenizer))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_processes_share_the_same_batches(tmp_path, tokenizer, world_size):
-    made = make_batches(tmp_path, tokenizer)
-    for step in range(5):
-        parts = [made.indices(step, rank, world_size) for rank in range(world_size)]
-        assert np.concatenate(parts).tolist() == made.indices(step).tolist()
-        assert {len(part) for part in parts} == {8 // world_size}
+def test_messages_and_gaps_in_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
 
-
-def test_too_little_text_is_refused(tmp_path, tokenizer):
-    made = make_batches(tmp_path, tokenizer)
-    tokens, fit = made.shards.tokens, made.blocks // 8
-    made.check(fit, repeat=False)
-    made.check(100, repeat=True)
-    with pytest.raises(DataError) as caught:
-        made.check(fit + 1, repeat=False)
-    wanted = (fit + 1) * 8
-    assert str(caught.value) == (
-        f"data.train holds {tokens} tokens, but {fit + 1} steps of 32 need {wanted * 4 + 1}; "
-        "add text, lower the budget, or set data.repeat: true to go over the text "
-        f"{wanted / made.blocks:.1f} times"
-    )
-    large = make_batches(tmp_path, tokenizer, batch=64)
+    chat = AutoTokenizer.from_pretrained(EXAMPLE)
+    chat.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    messages = [[{"role": "user", "content": "hi"}], [{"role": "user", "content": "ho"}]]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"messages": messages, "chat": messages}), path)
+    assert list(read_documents(path, chat)) == ["user: hi\n", "user: ho\n"]
+    named = Source(path=str(path), column="chat")
+    assert list(read_documents(named, chat)) == ["user: hi\n", "user: ho\n"]
+    parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
+    with pytest.raises(DataError, match="row 2: text is a NoneType, no string"):
+        list(read_documents(path, chat))
+    parquet.write_table(pyarrow.table({"body": ["a"]}), path)
     with pytest.raises(
-        DataError, match=r"tokens, fewer than one batch of 256 .* lower train.batch"
+        DataError, match="has no column text or messages; set column to one of body"
     ):
-        large.check(1, repeat=True)
+        list(read_documents(path, chat))
 
 
-def test_tokenising_shows_its_progress(tmp_path, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr("uptrain.progress._FIRST_LINE_SECONDS", -1.0)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    TokenShards.prepare(tmp_path / "tokens", shard_sources(tmp_path), tokenizer)
-    assert "tokenise: " in capsys.readouterr().err
+@pytest.mark.parametrize("damage", ["end", "page", "empty"])
+def test_a_damaged_parquet_file_is_named(rows, tokenizer, damage):
+    data = bytearray(rows.read_bytes())
+    if damage == "page":
+        data[4:400] = bytes(396)
+    rows.write_bytes({"end": data[:-20], "page": data, "empty": b""}[damage])
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read \(") as caught:
+        list(read_documents(rows, tokenizer))
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_takes_no_more_memory_than_some_rows(tmp_path, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    # One row group of 40 MB, with no two values alike so that nothing is kept as a dictionary.
+    texts = [f"{i:06d}" + "x" * 20_000 for i in range(2000)]
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": texts})
+    parquet.write_table(table, path, use_dictionary=False, write_batch_size=16)
+    pool = pyarrow.default_memory_pool()
+    before, most, count = pool.bytes_allocated(), 0, 0
+    for _ in read_documents(path, tokenizer):
+        count += 1
+        most = max(most, pool.bytes_allocated() - before)
+    assert count == 2000
+    assert most < 10e6  # 64 rows of 20 kB, a page of 1 MB and its buffers
+
+
+def test_saved_data_sets_are_read(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    train = datasets.Dataset.from_dict({"text": TEXTS, "n": range(len(TEXTS))})
+    test = datasets.Dataset.from_dict({"text": ["held out"], "n": [0]})
+    train.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "two")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    for source in (one, Source(dataset=one), Source(dataset=two), Source(path=two, split="train")):
+        assert list(read_documents(source, tokenizer)) == TEXTS
+    assert list(read_documents(Source(dataset=two, split="test"), tokenizer)) == ["held out"]
+    done, size = read_bytes(Source(dataset=one))
+    assert done == pytest.approx(size)
+    assert size > 0
+    for wrong, message in (
+        (Source(dataset=two, split="dev"), "has no split dev; choose one of train, test"),
+        (Source(dataset=one, split="train"), "holds one data set without splits; leave split out"),
+        (Source(dataset=one, config="en"), "a saved data set has no config; leave it out"),
+        (Source(dataset=one, column="body"), "has no column body; set column to one of text, n"),
+        (Source(dataset=one, column="n"), "row 1: n is a int, no string"),
+    ):
+        with pytest.raises(DataError, match=message):
+            list(read_documents(wrong, tokenizer))
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be loaded as a data set"):
+        open_source(Source(dataset=one))
+
+
+def test_a_folder_of_files_is_a_data_set(tmp_path, tokenizer, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", *({"body": text} for text in TEXTS))
+    source = Source(dataset=str(tmp_path / "set"), column="body")
+    assert list(read_documents(source, tokenizer)) == TEXTS
+
+
+@pytest.mark.parametrize(("package", "name"), [("pyarrow", "a.parquet"), ("datasets", "a")])
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, package, name):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)  # importing it raises ImportError then
+    source = Source(dataset="owner/a") if package == "datasets" else tmp_path / name
+    with pytest.raises(DataError, match=r"is not installed; pip install 'uptrain-gqa\[data\]'"):
+        open_source(source)

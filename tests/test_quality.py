@@ -158,14 +158,14 @@ def test_a_constant_output_has_the_loss_of_a_uniform_guess(tmp_path: Path, data:
 def test_blocks_are_cut_from_the_stream_and_the_short_one_dropped(model: Path, data: Path) -> None:
     tokenizer = loading.load_tokenizer(quality.open_checkpoint(model))
     expected = stream()
-    tokens, byte_counts = quality._read_tokens(data, tokenizer, 7, None)
+    tokens, byte_counts = quality.read_tokens(data, tokenizer, 7, None)
     whole = (len(expected) - 1) // 7 * 7
     assert tokens.tolist() == expected[: whole + 1]
     assert [n == 0 for n, t in zip(byte_counts, expected[1:], strict=False) if t == 256] == [
         True
     ] * 2
     assert abs(byte_counts.sum() - sum(t != 256 for t in expected[1 : whole + 1])) <= 1
-    tokens, byte_counts = quality._read_tokens(data, tokenizer, 7, 20)
+    tokens, byte_counts = quality.read_tokens(data, tokenizer, 7, 20)
     assert tokens.tolist() == expected[:15]
     assert len(byte_counts) == 14
 
@@ -173,7 +173,7 @@ def test_blocks_are_cut_from_the_stream_and_the_short_one_dropped(model: Path, d
 def test_no_more_text_is_read_than_is_needed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uptrain.data._BATCH_CHARACTERS", 100)
+    monkeypatch.setattr("uptrain.data.encoding._BATCH_CHARACTERS", 100)
     path = tmp_path / "long.jsonl"
     path.write_text(
         (json.dumps({"text": "a" * 100}) + "\n") * 4 + "this line is not JSON\n", encoding="utf-8"
