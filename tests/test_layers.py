@@ -11,18 +11,23 @@ PACKAGE = Path(__file__).parent.parent / "uptrain"
 ORDER = [
     "errors", "progress",
     "checkpoint.reader", "checkpoint.card", "checkpoint.writer",
-    "families.schema", "families.layouts", "families.registry",
-    "loading", "data", "training.batches",
+    "families.schema", "families.layouts", "families.registry", "families.meta",
+    "families.head_tensors",
+    "loading", "data.source", "data.files", "data.tables", "data", "data.encoding",
+    "data.tokenise", "data.shards", "training.order", "training.packing", "training.batches",
     "conversion.plan", "conversion.pooling", "conversion.options", "conversion.finished",
     "conversion.grouping", "conversion.rotary", "conversion.energy", "conversion.align",
     "conversion.factorize", "conversion.attention", "conversion.freedom", "conversion.merge",
     "conversion.sample", "conversion.stream", "conversion.refit", "conversion.fit",
-    "conversion.residual", "conversion.repair",
+    "conversion.residual", "conversion.repair", "conversion.moments",
     "conversion.calibrate", "conversion.convert", "conversion.verify",
     "evaluation.scoring", "evaluation.quality", "evaluation.serving",
     "training.strict_yaml", "training.shipped", "training.options", "training.recipe",
-    "training.log", "training.guard", "training.loss", "training.optimizer", "training.export",
-    "training.state", "training.setup", "training.loop",
+    "training.log", "training.watch", "training.guard", "training.processes",
+    "training.head", "training.loss", "training.objective", "training.trainable",
+    "training.optimizer", "training.flops", "training.memory", "training.shard", "training.models",
+    "training.parts", "training.export", "training.state", "training.setup", "training.step",
+    "training.loop",
     "report.runs", "report.plots", "report.text", "report",
     "run",
 ]  # fmt: skip
@@ -32,7 +37,6 @@ ABOUT_300 = 330
 LONG = {
     "cli": "the options and the printed rows of nine commands, no logic",
     "checkpoint.reader": "every refusal of a hostile folder in one place",
-    "families.registry": "one question, answered by one chain of small functions",
 }
 
 

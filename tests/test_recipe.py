@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from uptrain.errors import RecipeError
-from uptrain.training.recipe import copy_recipe, load_recipe, shipped_recipes
+from uptrain.training.recipe import Recipe, copy_recipe, load_recipe, shipped_recipes
 
 TEXT = """
 source: models/books
@@ -27,13 +27,17 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
+def paths_of(recipe: Recipe) -> list[str]:
+    return [source.path for source in recipe.data.train]
+
+
 def test_paths_are_relative_to_the_recipe_and_overrides_to_here(path, tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     recipe = load_recipe("../recipe.yaml", ["data.validation=v.jsonl", "evaluate.data=e.jsonl"])
     folder = tmp_path / "here" / ".."
-    assert [Path(p).resolve() for p in (recipe.source, recipe.output, *recipe.data.train)] == [
+    assert [Path(p).resolve() for p in (recipe.source, recipe.output, *paths_of(recipe))] == [
         (folder / "models/books").resolve(),
         (folder / "out").resolve(),
         (folder / "a.jsonl").resolve(),
@@ -49,6 +53,43 @@ def test_a_hub_id_stays_unless_there_is_such_a_folder(path, tmp_path):
     assert load_recipe(path).source == "owner/books"
     (tmp_path / "owner" / "books").mkdir(parents=True)
     assert load_recipe(path).source == str(tmp_path / "owner" / "books")
+
+
+def test_a_teacher_is_a_folder_a_hub_id_or_none(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = {
+        given: load_recipe(path, [f"train.teacher={given}"]).train.teacher
+        for given in ("models/books", "owner/name", "none", "null")
+    }
+    assert teacher == {
+        "models/books": str(tmp_path / "models" / "books"),
+        "owner/name": "owner/name",
+        "none": None,
+        "null": None,
+    }
+    (tmp_path / "none").mkdir()
+    assert load_recipe(path, ["train.teacher=none"]).train.teacher is None
+    assert load_recipe(path, ["train.teacher=./none"]).train.teacher == str(tmp_path / "none")
+
+
+def test_sources_have_keys_of_their_own(path, tmp_path):
+    path.write_text(
+        TEXT.replace(
+            "[a.jsonl, /data/b.txt]",
+            "[{path: a.parquet, column: body, weight: 3}, {dataset: owner/texts, config: en, "
+            "split: test, weight: 0.5}, {dataset: saved/texts, weight: 1e-2}], tokens: shared/tokens",
+        )
+    )
+    (tmp_path / "saved" / "texts").mkdir(parents=True)
+    data = load_recipe(path).data
+    first, second, third = data.train
+    assert (first.path, first.column) == (str(tmp_path / "a.parquet"), "body")
+    assert (second.dataset, second.config, second.split) == ("owner/texts", "en", "test")
+    assert third.dataset == str(tmp_path / "saved" / "texts")
+    assert data.tokens == str(tmp_path / "shared" / "tokens")
+    assert data.weights == (3, 0.5, 0.01)
+    assert not data.attention_within_documents
+    assert load_recipe(path, ["data.train=[a.txt, a.txt]"]).data.weights is None
 
 
 def test_examples_are_found_from_anywhere(path):
@@ -86,7 +127,7 @@ def test_overrides_are_yaml_values_at_dotted_keys(path):
     assert recipe.train.learning_rate == 1e-5
     assert recipe.train.compile
     assert recipe.convert is None
-    assert [Path(p).name for p in recipe.data.train] == ["c.txt"]
+    assert [Path(p).name for p in paths_of(recipe)] == ["c.txt"]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +145,12 @@ def test_overrides_are_yaml_values_at_dotted_keys(path):
         ("train.batch_tokens=2.5", "train.batch_tokens is 2.5; expected a valid integer"),
         ("train.compile=1", "train.compile is 1; expected a valid boolean"),
         ("data.train=a.jsonl", "expected a valid list"),
+        ("data.train=[3]", "data.train.0 is 3; expected a section with keys of its own"),
+        ("data.train=[{}]", "a source has neither path nor dataset; give it one of the two"),
+        ("data.train=[{path: a, dataset: b/c}]", "a source has both path and dataset; give it"),
+        ("data.train=[{path: a, colum: b}]", "unknown key data.train.0.colum; did you mean data.tr"),
+        ("data.train=[{path: a, weight: 0}]", "data.train.0.weight is 0; expected greater than 0"),
+        ("data.train=[{path: a, weight: 1}, b]", "data.train: 1 of 2 sources have a weight; give"),
         ("train.steps=[1]", "train.steps is a list; expected a valid integer"),
         ("train=3", "train is 3; expected a section with keys of its own"),
         ("train.betas=[0.9]", "train.betas is a list; list expected to have at least 2 items"),
@@ -115,10 +162,13 @@ def test_overrides_are_yaml_values_at_dotted_keys(path):
         ("train.alpha=0.05", "train.alpha and train.steps given, expected exactly one way"),
         ("train.steps", "train.steps: expected key=value, such as train.learning_rate=1e-3"),
         ("source.x=1", "source has no keys of its own"),
-        ("train.teacher=../mha", "train.teacher is not available yet; remove it"),
-        ("train.distillation_weight=0.5", "train.distillation_weight is not available yet"),
-        ("train.keep_best=true", "train.keep_best is not available yet; remove it"),
-        ("train.optimizer=muon", "train.optimizer=muon is not available yet; expected adamw"),
+        ("train.teacher=3", "train.teacher is 3; expected a valid string"),
+        ("train.teachr=none", "unknown key train.teachr; did you mean train.teacher?"),
+        ("train.distillation_weight=1.5", "distillation_weight is 1.5; expected less than or equal"),
+        ("train.keep_best=maybe", "train.keep_best is 'maybe'; expected a valid boolean"),
+        ("train.trainable=mlp", "train.trainable is 'mlp'; expected 'all', 'attention' or 'attent"),
+        ("train.attention_fraction=0", "train.attention_fraction is 0; expected greater than 0"),
+        ("train.optimizer=sgd", "train.optimizer is 'sgd'; expected 'adamw', 'adafactor', 'muon' or"),
         ("evaluate.decode=true", "evaluate.decode is not available yet; remove it"),
         ("source=!!python/name:os.system x", "is no plain YAML (line 1: could not determine a"),
         ("source={a: &a x, b: *a}", "is no plain YAML (line 1: aliases are refused)"),
@@ -136,8 +186,7 @@ def test_what_is_wrong_is_said_in_one_line(path, override, message):
 
 
 def test_an_empty_value_of_what_is_not_available_asks_for_nothing(path):
-    empty = ["train.teacher=null", "train.distillation_weight=0", "train.keep_best=false"]
-    load_recipe(path, empty)
+    load_recipe(path, ["convert.architecture=null", "evaluate={data: x.txt, decode: false}"])
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,12 @@ def make_recipe(folder: Path, **train: Any) -> Recipe:
     source = folder / "source"
     if not source.exists():
         make_source(source)
+    if not (folder / "train.jsonl").exists():
         write_text(folder / "train.jsonl")
         write_text(folder / "validation.jsonl", 4, seed=1)
     top = {key: train.pop(key) for key in ("output", "source") if key in train}
-    data = {key: train.pop(key) for key in ("repeat", "validation") if key in train}
+    of_data = ("repeat", "validation", "attention_within_documents")
+    data = {key: train.pop(key) for key in of_data if key in train}
     options = {
         "steps": 12,
         "learning_rate": 1e-2,

@@ -1,6 +1,7 @@
 """The command line: options in, results out, exit codes. Everything else is in the library."""
 
 import json
+import logging
 import os
 import re
 import sys
@@ -82,6 +83,8 @@ def main(debug: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports it where it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -332,10 +335,74 @@ def run(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
+@click.option(
+    "--train-plan",
+    is_flag=True,
+    help="Show what training would take instead, which needs no more of MODEL than config.json. "
+    "The options below belong to it.",
+)
+@click.option("--recipe", metavar="RECIPE", help="Take what the options below leave out from it.")
+@click.option(
+    "--devices", type=click.IntRange(min=1), help="GPUs that share the model.  [default: 1]"
+)
+@click.option(
+    "--num-key-value-heads",
+    type=click.IntRange(min=1),
+    metavar="G",
+    help="KV heads of the model that is trained.  [default: as MODEL]",
+)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "adafactor", "muon", "adamw8bit"]),
+    help="[default: adamw]",
+)
+@click.option(
+    "--trainable",
+    type=click.Choice(["all", "attention", "attention-first"]),
+    help="[default: all]",
+)
+@click.option(
+    "--teacher/--no-teacher", default=None, help="Distil from MODEL or not.  [default: --teacher]"
+)
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(min=1),
+    help="[default: the model's context, at most 2048]",
+)
+@click.option(
+    "--micro-batch-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens that go through a device at once.  [default: one sequence]",
+)
+@click.option("--tokens", type=click.IntRange(min=1), help="Of the whole run, to give its days.")
+@click.option(
+    "--flops-per-second",
+    type=click.FloatRange(min=0, min_open=True),
+    help="What a device really does.  [default: 4e14]",
+)
 @trust_option
 @json_option
-def inspect(model: str, trust_remote_code: bool, as_json: bool) -> None:
+@click.pass_context
+def inspect(
+    ctx: click.Context,
+    /,
+    model: str,
+    train_plan: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+    **plan_options: Any,
+) -> None:
     """Show the heads of MODEL, what it can go to, and which runtimes will accept that."""
+    given = {key: value for key, value in plan_options.items() if value is not None}
+    if train_plan:
+        from uptrain.training.memory import inspect_training
+
+        result = inspect_training(model, given, trust_remote_code=trust_remote_code)
+        _print_json(result) if as_json else _print_train_plan(result)
+        return
+    if given:
+        flag = next(p for p in ctx.command.params if p.name == next(iter(given))).opts[0]
+        raise click.UsageError(f"{flag} needs --train-plan")
     from uptrain.checkpoint.reader import open_checkpoint
     from uptrain.conversion.plan import inspect
     from uptrain.evaluation.serving import runtimes
@@ -457,6 +524,52 @@ def copy_recipe(name: str, path: Path | None, as_json: bool) -> None:
         _print_json({"path": str(written)})
     else:
         click.echo(f"{written}; change it, then: uptrain run {written}")
+
+
+def _print_train_plan(result: dict[str, Any]) -> None:
+    """Show what training takes on each device, by part, without and with checkpointed layers."""
+    devices, teacher = result["devices"], result["teacher_parameters"]
+    counts = [(part, count) for part, count in result["parameters"].items() if count]
+    rows = [(f"  {part.replace('_', ' ')}", f"{count:,}") for part, count in counts[:-1]]
+    rows = [("parameters", f"{result['parameters']['total']:,}"), *rows]
+    rows += [
+        (
+            "trained",
+            f"{result['trained_parameters']:,} ({result['trainable']}) by {result['optimizer']}",
+        ),
+        ("teacher", f"{teacher:,} in bfloat16" if teacher else "none"),
+        ("devices", f"{devices:,}" + (", everything sharded over them" if devices > 1 else "")),
+        (
+            "at once",
+            f"{result['micro_batch_tokens']:,} tokens on a device, in sequences of "
+            f"{result['sequence_length']:,}",
+        ),
+    ]
+    heads = result["num_key_value_heads"]
+    _print_rows(f"{result['model']} ({result['model_type']}), {heads} KV heads", rows)
+    plans = result["plans"]
+    table = [
+        (part.replace("_", " "), [plan["bytes_per_device"][part] / 2**30 for plan in plans], 2)
+        for part in plans[0]["bytes_per_device"]
+    ]
+    table += [
+        ("total", [plan["total_bytes_per_device"] / 2**30 for plan in plans], 2),
+        ("GFLOP a token", [plan["flops_per_token"] / 1e9 for plan in plans], 1),
+        ("tokens/s", [plan["tokens_per_second"] for plan in plans], 0),
+    ]
+    if result["tokens"]:
+        label = f"days for {result['tokens']:.3g} tokens"
+        table.append((label, [plan["days"] for plan in plans], 2))
+    width = max(len(label) for label, _, _ in table)
+    click.echo(f"\n  {'GiB on each device':<{width}}  {'plain':>12}  {'checkpointed':>12}")
+    for label, values, digits in table:
+        if label in ("total", "GFLOP a token"):
+            click.echo()
+        click.echo(f"  {label:<{width}}" + "".join(f"  {value:>12,.{digits}f}" for value in values))
+    click.echo(
+        f"\n  Speed and time are assumed: {result['flops_per_second']:.3g} operations a second on a device.\n"
+        "  Its context and the allocator's gaps come on top of the memory, 1 to 3 GiB."
+    )
 
 
 def _print_layers(layers: Sequence[dict[str, Any]]) -> None:

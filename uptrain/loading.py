@@ -1,5 +1,6 @@
 """Load a checkpoint through transformers, quietly, and refuse whatever does not fit its class."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,35 @@ def load_model(
             ) from error
     _check_loading(checkpoint, type(model).__name__, info)
     return model.to(device)
+
+
+def empty_model(checkpoint: Checkpoint, config: "PretrainedConfig") -> "PreTrainedModel":
+    """Build the model that `load_model` loads, without weights.
+
+    Args:
+        checkpoint: An opened checkpoint.
+        config: From `load_config`.
+
+    Returns:
+        The model in eval mode; its parameters are on the meta device, its buffers on the CPU.
+
+    Raises:
+        CheckpointError: If transformers cannot build it.
+    """
+    from accelerate import init_empty_weights
+
+    model_class = _model_class(checkpoint, config, trust_remote_code=False)
+    config = copy.deepcopy(config)  # model classes write into it
+    with _quiet(), init_empty_weights(include_buffers=False):
+        try:
+            build = model_class.from_config if _is_auto(model_class) else model_class._from_config
+            model: PreTrainedModel = build(config)
+        except Exception as error:  # transformers documents no closed set of errors
+            raise CheckpointError(
+                f"{checkpoint.folder}: transformers cannot build its model ({one_line(error)})"
+            ) from error
+    model.tie_weights()
+    return model.eval()
 
 
 def load_tokenizer(

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,15 @@ def tensor_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield data[start : start + CHUNK_BYTES]
 
 
-def resolve_source(source: str | os.PathLike[str]) -> tuple[Path, str, str | None]:
+def resolve_source(
+    source: str | os.PathLike[str], only: Sequence[str] | None = None
+) -> tuple[Path, str, str | None]:
     """Find the folder of a checkpoint that is named by path or by hub id.
 
     Args:
         source: A folder, or `owner/name` of a model on the Hugging Face hub (fetched, or taken from
             the local cache when the hub cannot be reached).
+        only: Patterns of the files that are wanted from the hub; all if not given.
 
     Returns:
         The folder, a name to record, and the hub revision if there is one.
@@ -185,6 +188,7 @@ def resolve_source(source: str | os.PathLike[str]) -> tuple[Path, str, str | Non
         folder = Path(
             snapshot_download(
                 str(source),
+                allow_patterns=None if only is None else list(only),
                 ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "original/*"],
             )
         )

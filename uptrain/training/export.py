@@ -31,6 +31,8 @@ from uptrain.checkpoint.writer import (
 from uptrain.errors import TrainingError, UnsupportedFamilyError
 from uptrain.families.registry import read_heads
 from uptrain.progress import progress
+from uptrain.training import processes
+from uptrain.training.shard import gather
 
 
 def export_checkpoint(
@@ -39,10 +41,11 @@ def export_checkpoint(
     """Write `model` to `target` with the source's tensor names, shapes and dtypes.
 
     Everything else of the source (config, tokenizer, tensors that the model does not hold) is
-    copied byte for byte; the target appears whole or not at all.
+    copied byte for byte; the target appears whole or not at all. All processes take part; the main
+    one gathers a sharded model in its memory, not on its device, in the source's dtype.
 
     Args:
-        model: The trained model, as transformers loaded it from `source`.
+        model: The trained model, as transformers loaded it from `source`, sharded or not.
         source: What it was made of.
         target: Folder to create, or to replace if it is a checkpoint.
         uptraining: What to record of the training.
@@ -54,7 +57,19 @@ def export_checkpoint(
         TrainingError: If a trained tensor has no place in the source.
         CheckpointError: If the target cannot be written.
     """
-    trained = _source_tensors(model, source)
+    stored = {DTYPES[entry.dtype] for entry in source.tensors.values()}
+    whole = gather(model, stored.pop() if len(stored) == 1 else None)
+    return processes.in_main(lambda: _write(model, whole, source, target, uptraining))
+
+
+def _write(
+    model: torch.nn.Module,
+    whole: dict[str, torch.Tensor],
+    source: Checkpoint,
+    target: Path,
+    uptraining: dict[str, Any],
+) -> dict[str, Any]:
+    trained = _source_tensors(model, whole, source)
     specs = [TensorSpec(e.name, e.dtype, e.shape) for e in source.tensors.values()]
 
     def data(spec: TensorSpec) -> Iterable[memoryview]:
@@ -79,12 +94,14 @@ def export_checkpoint(
     return record
 
 
-def _source_tensors(model: torch.nn.Module, source: Checkpoint) -> dict[str, torch.Tensor]:
-    """Give the model's tensors by the names they have in the source's files.
+def _source_tensors(
+    model: torch.nn.Module, whole: dict[str, torch.Tensor], source: Checkpoint
+) -> dict[str, torch.Tensor]:
+    """Give the model's whole tensors by the names they have in the source's files.
 
     transformers renames and merges tensors while it loads; this undoes it.
     """
-    state = revert_weight_conversion(model, dict(model.state_dict()))
+    state = revert_weight_conversion(model, whole)
     trained = {name: tensor for name, tensor in state.items() if name in source.tensors}
     for name, tensor in trained.items():
         if tuple(tensor.shape) != source.tensors[name].shape:

@@ -4,12 +4,15 @@ import fcntl
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from uptrain.errors import TrainingError
+
+_ECHO_SECONDS = 2.0
 
 
 @contextmanager
@@ -46,10 +49,13 @@ def locked(output: Path) -> Iterator[None]:
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Take SIGTERM and SIGINT as a wish to stop; a second one acts as it would have.
 
+    Only if it is no echo: torchrun passes on to its workers what a terminal told them already.
+
     Yields:
         Whether such a signal came.
     """
     asked = threading.Event()
+    since = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread can handle signals
         return
@@ -60,8 +66,13 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: Any) -> None:
-        asked.set()
-        restore()
+        nonlocal since
+        if not asked.is_set():
+            since = time.monotonic()
+            asked.set()
+        elif time.monotonic() - since > _ECHO_SECONDS:
+            restore()
+            os.kill(os.getpid(), number)
 
     for number in before:
         signal.signal(number, ask)

@@ -25,9 +25,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drop the rows behind `step`; those of an earlier run if it is 0 and nothing was kept."""
+def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the rows behind `step`; returns those that stay."""
     rows = [row for row in read_log(path) if row["step"] <= step]
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(path)
+    return rows

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from uptrain.data import Source
 
 
 def _whole(value: Any) -> Any:
@@ -26,7 +28,7 @@ class ConvertOptions(_Section):
     method: Literal["mean", "first", "random", "align", "factorize"] | None = None
     grouping: Literal["contiguous", "search"] | None = None
     calibration: Text | None = None
-    """A text or jsonl file."""
+    """A text, jsonl or parquet file."""
     calibration_tokens: Count = 262_144
     refit: bool = True
     reconstruct_steps: Annotated[int, Field(ge=0)] | None = None
@@ -38,14 +40,34 @@ class ConvertOptions(_Section):
 class DataOptions(_Section):
     """What is trained on."""
 
-    train: Annotated[list[Text], Field(min_length=1)]
-    """Files: `.jsonl`, or plain text."""
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Files and data sets, each a path or keys of its own. Each is trained on in proportion to its
+    tokens, or to its weight if all have one."""
     validation: Text | None = None
     """A file that the loss is measured on while training."""
     repeat: bool = False
     """Go over the text more than once, in another order each time."""
     seed: Seed = 0
     """Of the order of the text."""
+    tokens: Text | None = None
+    """A folder for the tokens that several runs share; `tokens` in the output if not given."""
+    attention_within_documents: bool = False
+    """Whether a token sees its own document only, not the one before it in the same sequence."""
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Of each source, if they have any."""
+        given = tuple(source.weight for source in self.train if source.weight is not None)
+        return given or None
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "DataOptions":
+        if len(self.weights or self.train) != len(self.train):
+            raise ValueError(
+                f"data.train: {len(self.weights or ())} of {len(self.train)} sources have a weight; "
+                "give one to all, or to none"
+            )
+        return self
 
 
 class TrainOptions(_Section):
@@ -59,8 +81,17 @@ class TrainOptions(_Section):
     tokens: Count | None = None
     learning_rate: Annotated[float, Field(gt=0)]
     """The peak. It has no default: what suits a small model would wreck a large one."""
+    teacher: Text | None = None
+    """A checkpoint to distil from, mostly the original; `none` for none."""
+    distillation_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Of KL(teacher ‖ student) on every token's whole distribution; cross-entropy has the rest. It
+    counts where there is a teacher."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up; cosine, and the last fifth of wsd, go down to a tenth of the peak."""
+    """After the warm-up; cosine goes down to the floor all the way, wsd at its end."""
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The last step's learning rate as a fraction of the peak; of cosine and wsd."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Fraction of the steps in which wsd goes down."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Fraction of the steps, at least two of them unless it is 0."""
     batch_tokens: Count
@@ -69,13 +100,19 @@ class TrainOptions(_Section):
     """Tokens that go through a device at once; they divide its share of a step."""
     sequence_length: Count | None = None
     """Tokens of one sequence; the model's context, at most 2048, if not given."""
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adafactor", "muon", "adamw8bit"] = "adamw"
+    """What adafactor is given as learning rate is relative to each tensor's own size."""
+    trainable: Literal["all", "attention", "attention-first"] = "all"
+    """What is trained: everything, the attention blocks alone, or these first and all later."""
+    attention_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Fraction of the steps after which attention-first trains everything."""
     betas: Annotated[
         list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)
     ] = [
         0.9,
         0.95,
     ]
+    """Of adamw and adamw8bit, and of what muon leaves to adamw."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """On matrices; vectors (norms, biases) are not decayed."""
     gradient_clipping: Annotated[float, Field(gt=0)] | None = 1.0
@@ -89,9 +126,16 @@ class TrainOptions(_Section):
     save_every_steps: Count = 100
     evaluate_every_steps: Count | None = None
     """How often data.validation is measured; at the start and the end if not given."""
+    keep_best: bool = False
+    """Export the step with the lowest loss on data.validation, not the last one."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     seed: Seed = 0
     """Of dropout."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _no_teacher(cls, value: str | None) -> str | None:
+        return None if value == "none" else value
 
     @property
     def total_steps(self) -> int:
@@ -150,6 +194,7 @@ class Recipe(_Section):
 SECTIONS: dict[str, type[BaseModel]] = {
     "convert": ConvertOptions,
     "data": DataOptions,
+    "data.train": Source,
     "train": TrainOptions,
     "evaluate": EvaluateOptions,
 }

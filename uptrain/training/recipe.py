@@ -5,7 +5,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -31,16 +31,16 @@ _PATHS = (
     "output",
     "data.train",
     "data.validation",
+    "data.tokens",
     "evaluate.data",
     "convert.calibration",
+    "train.teacher",
 )
 
-# Keys and values that the design names and that are not built. An empty value asks for nothing.
+# Keys that the design names and that are not built. An empty value asks for nothing.
 _NOT_YET = (
-    "convert.architecture", "train.teacher", "train.distillation_weight", "train.keep_best",
-    "evaluate.decode",
+    "convert.architecture", "evaluate.decode",
 )  # fmt: skip
-_NOT_YET_VALUES = {"train.optimizer": ("adafactor", "muon")}
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -126,19 +126,27 @@ def _resolve_paths(content: dict[Any, Any], base: Path) -> None:
         section, key = found
         value = section[key]
         if isinstance(value, list):
-            section[key] = [_resolve(item, base, dotted) for item in value]
+            section[key] = [_resolve_item(item, base, dotted) for item in value]
         else:
             section[key] = _resolve(value, base, dotted)
 
 
+def _resolve_item(item: Any, base: Path, dotted: str) -> Any:
+    if not isinstance(item, dict):
+        return _resolve(item, base, dotted)
+    places = {key: _resolve(item[key], base, key) for key in ("path", "dataset") if key in item}
+    return item | places
+
+
 def _resolve(value: Any, base: Path, dotted: str) -> Any:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or (dotted, value) == ("train.teacher", "none"):
         return value
     if value.startswith(EXAMPLES_PREFIX):
         return str(shipped_folder("examples") / value.removeprefix(EXAMPLES_PREFIX))
     with contextlib.suppress(RuntimeError):  # no home folder is known
         value = str(Path(value).expanduser())
-    if dotted == "source" and _HUB_ID.fullmatch(value) and not (base / value).exists():
+    may_be_id = dotted in ("source", "train.teacher", "dataset")
+    if may_be_id and _HUB_ID.fullmatch(value) and not (base / value).exists():
         return value
     return str(base / value)
 
@@ -150,18 +158,6 @@ def _check_available(content: dict[Any, Any], path: Path) -> None:
             if section[key] not in (None, False, 0, "none"):
                 raise RecipeError(f"{path}: {dotted} is not available yet; remove it")
             del section[key]
-    for dotted, values in _NOT_YET_VALUES.items():
-        if (found := _at(content, dotted)) is not None and found[0][found[1]] in values:
-            raise RecipeError(
-                f"{path}: {dotted}={found[0][found[1]]} is not available yet; "
-                f"expected {_choices(dotted)}"
-            )
-
-
-def _choices(dotted: str) -> str:
-    section, key = dotted.split(".")
-    owner = SECTIONS[section]
-    return " or ".join(get_args(owner.model_fields[key].annotation))
 
 
 def _explain(error: ValidationError) -> str:
@@ -198,7 +194,7 @@ def _suggest(dotted: str) -> str:
     *section, key = dotted.split(".")
     keys = {name: list(options.model_fields) for name, options in SECTIONS.items()}
     keys[""] = list(Recipe.model_fields)
-    home = ".".join(section)
+    home = ".".join(part for part in section if not part.isdecimal())
     near = [
         (difflib.SequenceMatcher(None, key, each).ratio() + 0.1 * (name == home), name, each)
         for name, options in keys.items()

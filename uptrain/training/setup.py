@@ -1,6 +1,7 @@
 """Everything that is settled, and refused, before the first step of a run."""
 
 import importlib.util
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,16 +12,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 
 import uptrain
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
-from uptrain.data import check_file
-from uptrain.errors import DataError, RecipeError, TrainingError
-from uptrain.evaluation.quality import _read_tokens as read_tokens
-from uptrain.loading import context_length, load_config, load_model, load_tokenizer
-from uptrain.training.batches import Batches, TokenShards
+from uptrain.data import open_source
+from uptrain.data.shards import TokenShards
+from uptrain.errors import RecipeError, TrainingError
+from uptrain.evaluation.quality import check_same_vocabulary, read_tokens
+from uptrain.loading import context_length, load_config, load_tokenizer
+from uptrain.training import processes
+from uptrain.training.batches import Batches
+from uptrain.training.models import Place, Source, load_objective
+from uptrain.training.objective import Objective
+from uptrain.training.optimizer import check_optimizer
 from uptrain.training.recipe import Recipe
+from uptrain.training.shard import make_mesh
 from uptrain.training.state import (
     SavedState,
     check_fingerprint,
@@ -28,18 +35,19 @@ from uptrain.training.state import (
     find_states,
     source_digest,
 )
+from uptrain.training.trainable import Trainable
 
 _MAX_SEQUENCE_LENGTH = 2048
 _VALIDATION_TOKENS = 65536
 # Enough to keep the device busy; measured on the example models for a CPU.
-_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 8192}
 # Others wait for the main process while it tokenises, saves and exports.
 _PATIENCE = timedelta(hours=6)
 # What of `train` leaves the result the same, up to rounding.
 _FREE_OPTIONS = {
     "alpha", "pretraining_tokens", "steps", "tokens",  # total_steps says what they come to
     "micro_batch_tokens", "gradient_checkpointing", "compile", "save_every_steps",
-    "evaluate_every_steps", "trackers",
+    "evaluate_every_steps", "trackers", "teacher",  # its digest stands for it
 }  # fmt: skip
 
 
@@ -50,8 +58,10 @@ class Run:
     recipe: Recipe
     accelerator: Accelerator
     source: Checkpoint
-    model: torch.nn.Module
-    """On the device, in float32, not wrapped."""
+    teacher: Checkpoint | None
+    objective: Objective
+    """On the devices, in float32."""
+    trainable: Trainable
     batches: Batches
     micro_sequences: int
     """Sequences that go through a device at once."""
@@ -72,6 +82,11 @@ class Run:
             return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)
 
+    def uncompiled(self) -> AbstractContextManager[Any]:
+        """Compile nothing, for what is run too seldom."""
+        is_compiled = self.recipe.train.compile
+        return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Find out which processes and devices there are.
@@ -89,10 +104,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="no",
         log_with=list(recipe.train.trackers) or None,
         project_dir=recipe.output,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_PATIENCE),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
     )
 
 
@@ -112,53 +124,70 @@ def prepare(recipe: Recipe, accelerator: Accelerator, resume: bool) -> Run:
         CheckpointError, UnsupportedFamilyError: If the source cannot be read or loaded.
     """
     options, output = recipe.train, Path(recipe.output)
+    check_optimizer(options)
+    if options.keep_best and recipe.data.validation is None:
+        raise RecipeError("train.keep_best: there is no data.validation to judge by; add it")
     precision = _choose_precision(options.precision, accelerator.device)
     source = open_checkpoint(recipe.source)
     config = load_config(source)
     length = _choose_length(options.sequence_length, context_length(config), source.name)
+    teacher, teacher_config = _open_teacher(recipe, source, config, length)
     batch_sequences, micro_sequences = _divide_batch(recipe, length, accelerator)
-    paths = [Path(path) for path in recipe.data.train]
-    for path in [*paths, *map(Path, filter(None, [recipe.data.validation]))]:
-        check_file(path)
-    resumed = _find_resumed(output / "checkpoints", resume)
+    for each in recipe.data.train:
+        open_source(each)
+    if recipe.data.validation is not None:
+        open_source(recipe.data.validation)
+    resumed = processes.in_main(lambda: _find_resumed(output / "checkpoints", resume))
     tokenizer = load_tokenizer(source)
     validation = None
     if recipe.data.validation is not None:
         tokens = max(_VALIDATION_TOKENS, length)
         validation, _ = read_tokens(Path(recipe.data.validation), tokenizer, length, tokens)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            shards = TokenShards.prepare(output / "tokens", paths, tokenizer)
-        else:
-            shards = TokenShards.open(output / "tokens")
-    batches = Batches(shards, length, batch_sequences, recipe.data.seed)
+    folder = Path(recipe.data.tokens or output / "tokens")
+    processes.in_main(
+        lambda: (
+            TokenShards.prepare(
+                folder, recipe.data.train, tokenizer, shared=recipe.data.tokens is not None
+            ).tokens
+        )
+    )
+    batches = Batches(
+        TokenShards.open(folder),
+        length,
+        batch_sequences,
+        recipe.data.seed,
+        recipe.data.weights,
+        recipe.data.attention_within_documents,
+    )
     batches.check(options.total_steps, recipe.data.repeat)
-    fingerprint = _fingerprint(recipe, source, batches, precision)
+    for name, epochs in batches.epochs(options.total_steps):
+        if epochs > 1 and accelerator.is_main_process:
+            print(f"{name}: {epochs:.2f} epochs, reshuffled each", file=sys.stderr)
+    fingerprint = _fingerprint(recipe, source, teacher, batches, precision)
     if resumed is not None:
         check_fingerprint(resumed, fingerprint)
     _replace_dropout(config, options.dropout)
-    model = load_model(source, torch.device("cpu"), config, torch.float32)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if shards.manifest["max_token"] >= rows:
-        raise DataError(
-            f"{source.folder}: its tokenizer gives token {shards.manifest['max_token']}, its model "
-            f"has {rows}; take the tokenizer files of the original checkpoint"
-        )
-    if options.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise TrainingError(
-                f"train.gradient_checkpointing: {type(model).__name__} cannot do it; leave it out"
-            )
-        # transformers 5 renamed it on the way to 6.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if options.compile:
-        model.compile()
+    objective, trainable = load_objective(
+        Source(source, config),
+        None if teacher is None else Source(teacher, teacher_config),
+        options,
+        Place(
+            accelerator.device,
+            make_mesh(accelerator.device, accelerator.num_processes),
+            precision == "bfloat16",
+        ),
+        max_token=max(
+            batches.shards.manifest["max_token"], 0 if validation is None else int(validation.max())
+        ),
+        within_documents=batches.within_documents,
+    )
     return Run(
         recipe=recipe,
         accelerator=accelerator,
         source=source,
-        model=model.to(accelerator.device),
+        teacher=teacher,
+        objective=objective,
+        trainable=trainable,
         batches=batches,
         micro_sequences=micro_sequences,
         precision=precision,
@@ -191,6 +220,24 @@ def _choose_length(wanted: int | None, context: int | None, name: str) -> int:
             f"choose {context} or less"
         )
     return wanted
+
+
+def _open_teacher(
+    recipe: Recipe, source: Checkpoint, config: Any, length: int
+) -> tuple[Checkpoint | None, Any]:
+    """Open the teacher, and refuse one that cannot teach this student."""
+    if recipe.train.teacher is None or recipe.train.distillation_weight == 0:
+        return None, None
+    teacher = open_checkpoint(recipe.train.teacher)
+    teacher_config = load_config(teacher)
+    check_same_vocabulary(source, config, teacher, teacher_config, role="teacher")
+    context = context_length(teacher_config)
+    if context is not None and length > context:
+        raise RecipeError(
+            f"train.sequence_length={length}: the teacher, {teacher.name}, was made for {context} "
+            f"tokens; choose {context} or less"
+        )
+    return teacher, teacher_config
 
 
 def _divide_batch(recipe: Recipe, length: int, accelerator: Accelerator) -> tuple[int, int]:
@@ -230,7 +277,11 @@ def _find_resumed(folder: Path, resume: bool) -> SavedState | None:
 
 
 def _fingerprint(
-    recipe: Recipe, source: Checkpoint, batches: Batches, precision: str
+    recipe: Recipe,
+    source: Checkpoint,
+    teacher: Checkpoint | None,
+    batches: Batches,
+    precision: str,
 ) -> dict[str, Any]:
     options = {
         f"train.{key}": value
@@ -242,9 +293,9 @@ def _fingerprint(
         "train.precision": precision,
         "train.sequence_length": batches.sequence_length,
         "steps": recipe.train.total_steps,
-        "data.seed": recipe.data.seed,
-        "data.train": batches.shards.digest,
+        **batches.fingerprint(),
         "source": source_digest(source),
+        "teacher": source_digest(teacher) if teacher else None,
         "uptrain version": uptrain.__version__,
     }
 

@@ -1,24 +1,34 @@
-"""Checkpoints of a run: each whole or absent, each only for the run that made it."""
+"""Checkpoints of a run: each whole or absent, each only for the run that made it.
+
+A checkpoint is a folder: of each process a part, which is plain safetensors, and a manifest that
+lists them.
+"""
 
 import hashlib
-import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from uptrain.checkpoint.reader import CONFIG, RECORD, Checkpoint, read_json
-from uptrain.checkpoint.writer import staged_folder, write_json
-from uptrain.errors import CheckpointError, TrainingError
+from uptrain.checkpoint.reader import CONFIG, RECORD, SAFETENSORS, Checkpoint, read_json
+from uptrain.checkpoint.writer import side_folders, staged_folder, write_json
+from uptrain.errors import CheckpointError, TrainingError, one_line
+from uptrain.training import processes
+from uptrain.training.parts import load_parts, own_part, pieces_of, save_part
+from uptrain.training.shard import reshard
 
 MANIFEST = "manifest.json"
-_STATE = "state.pt"
-_FORMAT = 1
+_FORMAT = 2
 _KEEP = 2
 
 Fingerprint = Mapping[str, Any]
@@ -34,6 +44,11 @@ class SavedState:
     """Steps done."""
     manifest: dict[str, Any]
 
+    @property
+    def parts(self) -> list[str]:
+        """Name the files, in the order of the processes that wrote them."""
+        return [_part(rank) for rank in range(self.manifest["processes"])]
+
 
 def find_states(folder: Path) -> list[SavedState]:
     """Give the whole checkpoints in `folder`, oldest first, by what their manifests say."""
@@ -41,91 +56,182 @@ def find_states(folder: Path) -> list[SavedState]:
     for path in folder.iterdir() if folder.is_dir() else ():
         try:
             manifest = read_json(path / MANIFEST)
-            size = (path / _STATE).stat().st_size
-            if manifest["format"] == _FORMAT and size == manifest["files"][_STATE]["bytes"]:
-                states.append(SavedState(path, int(manifest["step"]), manifest))
+            state = SavedState(path, int(manifest["step"]), manifest)
+            sizes = [manifest["files"][name]["bytes"] for name in state.parts]
+            found = [(path / name).stat().st_size for name in state.parts]
+            if manifest["format"] == _FORMAT and sizes and found == sizes:
+                states.append(state)
         except (CheckpointError, OSError, KeyError, TypeError, ValueError):
             continue
     return sorted(states, key=lambda state: state.step)
 
 
-def save_state(
-    folder: Path,
-    step: int,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    fingerprint: Fingerprint,
-) -> Path:
-    """Save a checkpoint, and remove older ones but the latest once it is whole.
+class StateWriter:
+    """Saves a run's checkpoints in the background, one at a time; used as a context.
 
-    Args:
-        folder: Of all checkpoints of the run.
-        step: Steps done.
-        model: Its parameters and persistent buffers are saved as they are.
-        optimizer: Its state is saved.
-        fingerprint: Of the run.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        TrainingError: If it cannot be written; the older ones are as they were.
+    Every process of the run makes one and calls the same methods at the same steps.
     """
-    target = folder / f"step-{step:08d}"
-    if any(state.folder == target for state in find_states(folder)):
+
+    def __init__(
+        self, folder: Path, root: nn.Module, optimizer: Optimizer, fingerprint: Fingerprint
+    ) -> None:
+        """Remember what is to be saved.
+
+        Args:
+            folder: Of all checkpoints of the run, the same for all processes.
+            root: Its persistent buffers are saved, and the parameters that the optimizer holds: no
+                others ever change.
+            optimizer: What it remembers is saved; its options are the run's, and are not.
+            fingerprint: Of the run.
+        """
+        self._folder, self._root, self._optimizer = folder, root, optimizer
+        self._fingerprint = dict(fingerprint)
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        # Of its own: it is used in the background, between whatever the run does on its group.
+        self._group = dist.new_group(backend="gloo") if processes.count() > 1 else None
+
+    def __enter__(self) -> "StateWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()  # what was begun may still become whole
+
+    def save(self, step: int, keep: Collection[int] = ()) -> Path:
+        """Begin to save a checkpoint; it is there once it is whole.
+
+        The state is copied to the host's memory first and written from there, while the run goes
+        on; where there is no room for that, it is written at once. When the checkpoint is whole,
+        older ones are removed but the latest two and those to keep.
+
+        Args:
+            step: Steps done.
+            keep: Steps whose checkpoints are not removed.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            TrainingError: If the one before could not be written, or this one cannot.
+        """
+        self.wait()
+        target = self._folder / f"step-{step:08d}"
+        if processes.in_main(lambda: any(s.folder == target for s in find_states(self._folder))):
+            return target
+        reshard(self._root)
+        tensors = own_part(pieces_of(self._root, self._optimizer))
+        if self._copy(tensors):
+            # The impatient need not wait for it: what it leaves behind is no checkpoint.
+            self._thread = threading.Thread(
+                target=self._run, args=(target, step, self._copies, set(keep)), daemon=True
+            )
+            self._thread.start()
+        else:
+            self._run(target, step, tensors, set(keep))
+            self.wait()
         return target
-    _remove(target)  # found by no manifest: a part of a removed one
-    try:
-        with staged_folder(target) as staging:
-            content = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            size, digest = _write_tensors(staging / _STATE, content)
-            manifest = {
-                "format": _FORMAT,
-                "step": step,
-                "files": {_STATE: {"bytes": size, "sha256": digest}},
-                "run": dict(fingerprint),
-            }
-            write_json(staging / MANIFEST, manifest)
-    except (OSError, RuntimeError, CheckpointError) as error:
-        # torch.save hides the error of the file behind one of its own.
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if not isinstance(cause, OSError | CheckpointError):
-            raise
-        reason = " ".join(str(cause).split())[:200]
-        raise TrainingError(
-            f"{target}: the checkpoint cannot be written ({reason}); "
-            "make room, then add --resume to go on from the one before"
-        ) from error
-    for state in find_states(folder)[:-_KEEP]:
-        _remove(state.folder)
-    return target
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that was begun is whole.
+
+        Raises:
+            TrainingError: If it cannot be written; the older ones are as they were.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _copy(self, tensors: dict[str, Tensor]) -> bool:
+        """Copy tensors to the host, over the copies before them; False if there is no room."""
+        self._copies = {name: copy for name, copy in self._copies.items() if name in tensors}
+        missing = [name for name in tensors if name not in self._copies]
+        if sum(tensors[name].nbytes for name in missing) > _available_bytes() // 2:
+            return False
+        for name in missing:
+            self._copies[name] = torch.empty_like(tensors[name], device="cpu")
+        for name, tensor in tensors.items():
+            self._copies[name].copy_(tensor)
+        return True
+
+    def _run(self, target: Path, step: int, tensors: dict[str, Tensor], keep: set[int]) -> None:
+        try:
+            self._write(target, step, tensors)
+            processes.in_main(lambda: self._remove_older(keep), self._group)
+        except (OSError, RuntimeError, CheckpointError) as error:
+            self._error = TrainingError(
+                f"{target}: the checkpoint cannot be written ({one_line(error)}); "
+                "make room, then add --resume to go on from the one before"
+            )
+            self._error.__cause__ = error
+        except BaseException as error:  # raised by `wait`, where the run is
+            self._error = error
+
+    def _remove_older(self, keep: set[int]) -> None:
+        for state in find_states(self._folder)[:-_KEEP]:
+            if state.step not in keep:
+                _remove(state.folder)
+
+    def _write(self, target: Path, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write all parts, then the manifest, then let the folder appear."""
+        staging = side_folders(Path(os.path.abspath(target)))[0]
+        with ExitStack() as stack:
+
+            def begin() -> None:
+                _remove(target)  # found by no manifest: a part of a removed one
+                stack.enter_context(staged_folder(target))
+
+            def publish() -> None:
+                manifest = {
+                    "format": _FORMAT,
+                    "step": step,
+                    "processes": len(files),
+                    "files": {_part(rank): file for rank, file in enumerate(files)},
+                    "run": self._fingerprint,
+                }
+                write_json(staging / MANIFEST, manifest)
+                stack.close()
+
+            processes.in_main(begin, self._group)
+            files = processes.in_all(
+                lambda: save_part(staging / _part(processes.rank()), tensors), self._group
+            )
+            processes.in_main(publish, self._group)
 
 
 def load_state(
-    state: SavedState,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    fingerprint: Fingerprint,
+    state: SavedState, root: nn.Module, optimizer: Optimizer, fingerprint: Fingerprint
 ) -> None:
-    """Put a checkpoint into a model and its optimizer.
+    """Put a checkpoint into a model and its optimizer, whatever the number of processes.
+
+    Args:
+        state: From `find_states`, the same in all processes.
+        root: As `StateWriter` was given it; parameters that were not saved stay as they are.
+        optimizer: As `StateWriter` was given it. Its learning rate is 0 afterwards.
+        fingerprint: Of the run.
 
     Raises:
         TrainingError: If it is of another run (the difference is named), or damaged.
     """
     check_fingerprint(state, fingerprint)
-    damaged = f"{state.folder}: is damaged; remove it to go on from the checkpoint before it"
-    path = state.folder / _STATE
-    with path.open("rb") as file:
-        if (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            != state.manifest["files"][_STATE]["sha256"]
-        ):
-            raise TrainingError(damaged)
-    # On a CPU the optimizer would go on working in the mapped file.
-    is_copied = next(model.parameters()).device.type != "cpu"
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_copied)
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
+    mine = state.parts[processes.rank() :: processes.count()]
+    if not all(processes.in_all(lambda: all(_is_sound(state, name) for name in mine))):
+        raise TrainingError(
+            f"{state.folder}: is damaged; remove it to go on from the checkpoint before it"
+        )
+    try:
+        load_parts([state.folder / name for name in state.parts], root, optimizer)
+    except ValueError as error:
+        raise TrainingError(
+            f"{state.folder}: cannot be taken on ({error}); go on with what it was made with, or "
+            "choose another output"
+        ) from error
 
 
 def check_fingerprint(state: SavedState, fingerprint: Fingerprint) -> None:
@@ -177,32 +283,24 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-class _HashingFile(io.RawIOBase):
-    """A file that is hashed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
-        self.size = 0
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        written = self._file.write(data)
-        self.digest.update(data)
-        self.size += written
-        return written
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+def _part(rank: int) -> str:
+    return f"part-{rank:05d}/{SAFETENSORS}"
 
 
-def _write_tensors(path: Path, content: dict[str, Any]) -> tuple[int, str]:
-    with _HashingFile(path) as file:
-        # It needs write() only, but is declared to take a file with every method.
-        torch.save(content, file)  # type: ignore[arg-type]
-    return file.size, file.digest.hexdigest()
+def _is_sound(state: SavedState, name: str) -> bool:
+    try:
+        with (state.folder / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return False
+    return bool(found == state.manifest["files"][name].get("sha256"))
+
+
+def _available_bytes() -> int:
+    """Estimate this process's share of the host's free memory, as the kernel does; 0 if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    return kib * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
