@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import uptrain
-from uptrain.checkpoint.writer import replace_file
+from uptrain.checkpoint.staging import replace_file
 
 # Name in the table, options of `uptrain.convert`, whether it needs text.
 METHODS: list[tuple[str, dict[str, Any], bool]] = [

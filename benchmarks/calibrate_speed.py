@@ -22,7 +22,8 @@ import torch
 
 import uptrain
 from uptrain.checkpoint.reader import tensor_chunks
-from uptrain.checkpoint.writer import TensorSpec, write_json, write_tensors
+from uptrain.checkpoint.staging import write_json
+from uptrain.checkpoint.writer import TensorSpec, write_tensors
 from uptrain.conversion import calibrate, repair
 from uptrain.conversion.residual import ResidualStreams
 from uptrain.conversion.stream import LayerStream

@@ -193,7 +193,8 @@ def write(
 ) -> dict[str, Any]:
     import torch
 
-    from uptrain.checkpoint.writer import write_json, write_tensors
+    from uptrain.checkpoint.staging import write_json
+    from uptrain.checkpoint.writer import write_tensors
 
     torch.manual_seed(0)
     noise: Any = (torch.randn(2**24) * 0.02).to(torch.bfloat16).view(torch.uint8).numpy()

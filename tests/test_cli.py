@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner, Result
 from tiny import save, tiny_config, tiny_model
+from tiny_run import make_recipe, make_source
 
 import uptrain
 from uptrain.cli import main
@@ -242,7 +243,10 @@ UNREADABLE: dict[str, tuple[Damage, str, str]] = {
 
 # What a conversion refuses beyond that: how it is made, and the finding.
 INCONVERTIBLE: dict[str, tuple[Damage, str]] = {
-    "gpt2": (config_of("gpt2"), "gpt2: cannot be converted yet: transformers has no number of KV"),
+    "bloom": (
+        config_of("bloom"),
+        "bloom: cannot be converted yet: transformers has no number of KV",
+    ),
     "deepseek_v3": (
         become("deepseek_v3"),
         "deepseek_v3: cannot be converted: no tensor follows",
@@ -489,12 +493,36 @@ def test_inspect_lists_the_possible_counts(source: Path) -> None:
     result = invoke("inspect", source)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "4 query heads, 4 KV heads (multi-head), 2 layers" in result.stdout
-    rows = [line.split() for line in result.stdout.splitlines() if "bytes" in line]
-    assert [(row[0], row[1], row[3]) for row in rows] == [
-        ("4", "2,048", "1×"),
-        ("2", "1,024", "2×"),
-        ("1", "512", "4×"),
+    rows = [line.split() for line in result.stdout.splitlines() if "GPU" in line]
+    assert [row[:3] for row in rows[:3]] == [
+        ["4", "2,048", "1×"],
+        ["2", "1,024", "2×"],
+        ["1", "512", "4×"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--decode-batches", "1,16"], "--decode-batches needs --decode"),
+        (["--decode-contexts", "64"], "--decode-contexts needs --decode"),
+        (["--tasks-folder", "."], "--tasks-folder needs --tasks"),
+        (["--decode", "--decode-batches", "1,many"], "'many' is no number; write for example 1,16"),
+        (["--decode", "--decode-contexts", "max"], "'max' is no number; write for example 1,16"),
+        (["--dtype", "float8"], "'float8' is not one of 'auto', 'float32', 'bfloat16'"),
+    ],
+)
+def test_evaluate_refuses_options_that_do_not_fit(arguments: list[str], message: str) -> None:
+    result = invoke("evaluate", "a", "--data", "b", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_lists_of_options() -> None:
+    from uptrain.cli import Several
+
+    assert Several(numbers=True, word="max").convert("1, 16,max", None, None) == (1, 16, "max")
+    assert Several().convert("arc_easy,piqa", None, None) == ("arc_easy", "piqa")
 
 
 def test_verify_names_every_problem(source: Path, tmp_path: Path) -> None:
@@ -514,6 +542,68 @@ def test_verify_names_every_problem(source: Path, tmp_path: Path) -> None:
             "recorded one",
         ]
     assert len(json.loads(result.stdout)["problems"]) == 2
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe of 4 steps that distils from the original and measures it."""
+    original = make_source(tmp_path / "original", num_key_value_heads=4, initializer_range=0.2)
+    text = str(tmp_path / "validation.jsonl")
+    made = make_recipe(
+        tmp_path, source=str(original), steps=4, teacher=str(original), validation=text
+    )
+    content = made.model_dump(mode="json", exclude_unset=True)
+    content |= {"convert": {"num_key_value_heads": 2}, "evaluate": {"data": text}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def words(line: str) -> list[str]:
+    return re.split(r" {2,}", line.strip())
+
+
+def test_finetune_prints_what_came_of_it(recipe: Path, tmp_path: Path) -> None:
+    uptrain.convert(tmp_path / "original", tmp_path / "converted", 2)
+    result = invoke("finetune", recipe, f"source={tmp_path / 'converted'}")
+    assert (result.exit_code, result.stderr) == (0, "")
+    verdict, table, written = result.stdout.split("\n\n")
+    rows = dict(words(line) for line in table.splitlines()[2:])
+    again = invoke("finetune", recipe, f"source={tmp_path / 'converted'}", "--resume", "--json")
+    assert (again.exit_code, again.stdout.count("\n")) == (0, 1)
+    found = json.loads(again.stdout)
+    for label, key in (("validation loss", "loss"), ("KL to the teacher", "kl")):
+        before, after = found[f"initial_validation_{key}"], found[f"validation_{key}"]
+        assert rows[label] == f"{before:.4f} → {after:.4f}"
+        assert f"{before:.3f} → {after:.3f}" in verdict
+    assert rows["teacher"] == found["teacher"] == "original"
+    assert rows["speed, tokens a second"] == f"{found['tokens_per_second']:,.0f}"
+    assert (rows["steps"], rows["tokens trained on"]) == ("4", "512")
+    assert [words(line) for line in written.splitlines()] == [
+        ["written"],
+        ["model", found["final"]],
+        ["report", found["report"]],
+    ]
+    assert Path(found["report"]).is_file()
+
+
+def test_run_prints_its_report(recipe: Path, tmp_path: Path) -> None:
+    result = invoke("run", recipe)
+    assert (result.exit_code, result.stderr) == (0, "")
+    verdict, quality, uptraining, written = result.stdout.split("\n\n")
+    assert verdict.startswith("4 → 2 KV heads: KV cache 2.0× smaller")
+    assert words(quality.splitlines()[0]) == ["original", "converted", "uptrained"]
+    # The quality says it already, of the same text.
+    assert "validation loss" not in uptraining
+    assert ["loss minimised", "KL to the teacher"] in map(words, uptraining.splitlines())
+    assert invoke("report", tmp_path / "output").stdout.startswith(
+        result.stdout.split("written")[0]
+    )
+    found = json.loads(invoke("run", recipe, "--json").stdout)
+    # The same model on the same text, in chunks of another size.
+    before = found["training"]["initial_validation_kl"]
+    assert before == pytest.approx(found["evaluations"]["converted"]["kl"], rel=1e-5)
+    assert words(written.splitlines()[1]) == ["model", found["final"]]
 
 
 def test_the_code_of_a_checkpoint_is_not_executed(source: Path, tmp_path: Path) -> None:

@@ -424,7 +424,7 @@ def test_a_disk_that_is_too_small_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 400_000))
-    with pytest.raises(CheckpointError, match=r"target: needs .*, its disk has .* free; free some"):
+    with pytest.raises(CheckpointError, match=r"target: needs .*, its disk has .* free; make room"):
         uptrain.convert(source, tmp_path / "new" / "target", 4, dry_run=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -464,7 +464,8 @@ def test_a_full_disk_leaves_nothing(
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", fill)
-    with pytest.raises(OSError, match="No space left on device"):
+    message = r"target: cannot be written \(No space left on device\); make room"
+    with pytest.raises(CheckpointError, match=message):
         uptrain.convert(source, tmp_path / "target", 2)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []

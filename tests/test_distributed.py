@@ -19,7 +19,7 @@ from tiny_run import CONTEXT, make_recipe
 
 from uptrain.errors import Interrupted
 from uptrain.training.loop import finetune
-from uptrain.training.state import find_states
+from uptrain.training.saved import find_states
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import COUNTS, FAMILIES, logits, make_heads_equal
+from family_list import COUNTS
+from family_list import TEXT as FAMILIES
+from test_families import logits, make_heads_equal
 from tiny import save, tiny_config, tiny_model
 
 import uptrain

@@ -8,11 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from many import in_processes
 from safetensors.torch import load_file
 from tiny_run import CONTEXT, make_recipe, make_source, write_text
@@ -27,7 +30,7 @@ from uptrain.training.batches import TokenShards
 from uptrain.training.loop import finetune
 from uptrain.training.objective import Objective
 from uptrain.training.optimizer import make_optimizer, make_schedule
-from uptrain.training.state import find_states
+from uptrain.training.saved import find_states
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("seconds", "tokens_per_second")
@@ -436,6 +439,43 @@ def test_attention_is_trained_first_and_everything_later(recipe_of, tmp_path):
 
 
 # What is watched.
+
+
+class Tracker(ModuleType):
+    """Stands for a tracker's library."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.__spec__ = ModuleSpec("trackio", None)
+        self.rows: list[dict[str, Any]] = []
+        self.config: dict[str, Any] = {}
+        self.finished = 0
+
+    def init(self, project: str) -> "Tracker":
+        assert project == "uptrain"
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.rows.append({"step": step, **values})
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_trackers_are_told_what_the_log_is_told(recipe_of, monkeypatch, tmp_path):
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TRACKIO])
+    recipe = recipe_of(steps=3, trackers=["trackio"])
+    with pytest.raises(Interrupted), at_call(2, terminate):
+        finetune(recipe)
+    assert tracker.finished == 1
+    finetune(recipe, resume=True)
+    assert tracker.finished == 2
+    rows = [json.loads(line) for line in (tmp_path / "output/train.jsonl").read_text().splitlines()]
+    assert tracker.rows == rows
+    assert tracker.config["train.learning_rate"] == 0.01
+    assert tracker.config["output"] == str(tmp_path / "output")
 
 
 def test_the_best_step_is_exported_whatever_follows(recipe_of, monkeypatch, tmp_path):

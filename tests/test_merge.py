@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import FAMILIES
+from family_list import TEXT as FAMILIES
 from tiny import save, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 

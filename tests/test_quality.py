@@ -4,7 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,9 +14,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from uptrain import loading
 from uptrain.errors import CheckpointError, DataError, UnsupportedFamilyError, UptrainError
-from uptrain.evaluation import quality, scoring
+from uptrain.evaluation import decode, tally
 from uptrain.evaluation.quality import evaluate
 
 VOCABULARY = 260
@@ -108,9 +106,9 @@ def test_loss_equals_a_direct_computation(model: Path, data: Path) -> None:
     assert result["loss"] == pytest.approx(expected, abs=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
     assert set(result) == {
-        "model", "loss", "perplexity", "bits_per_byte", "tokens", "parameters",
+        "model", "loss", "perplexity", "bits_per_byte", "tokens", "documents", "parameters",
         "num_key_value_heads", "kv_cache_bytes_per_token", "data", "sequence_length", "device",
-        "dtype",
+        "dtype", "by_position", "by_document",
     }  # fmt: skip
 
 
@@ -135,6 +133,9 @@ def test_comparison_equals_dense_formulas(model: Path, other: Path, data: Path) 
     assert result["kl"] > 0
     assert result["top1_agreement"] == agreement
     assert result["reference_loss"] == pytest.approx(reference_loss, abs=1e-5)
+    alone = evaluate(other, data, device="cpu")
+    for key in ("loss", "perplexity", "bits_per_byte"):
+        assert result[f"reference_{key}"] == pytest.approx(alone[key], rel=1e-6)
     assert result["loss_increase"] == result["loss"] - result["reference_loss"]
     assert result["reference"] == other.name
     assert result["reference_parameters"] == result["parameters"]
@@ -155,21 +156,6 @@ def test_a_constant_output_has_the_loss_of_a_uniform_guess(tmp_path: Path, data:
     assert evaluate(folder, data)["loss"] == pytest.approx(math.log(VOCABULARY), abs=1e-6)
 
 
-def test_blocks_are_cut_from_the_stream_and_the_short_one_dropped(model: Path, data: Path) -> None:
-    tokenizer = loading.load_tokenizer(quality.open_checkpoint(model))
-    expected = stream()
-    tokens, byte_counts = quality.read_tokens(data, tokenizer, 7, None)
-    whole = (len(expected) - 1) // 7 * 7
-    assert tokens.tolist() == expected[: whole + 1]
-    assert [n == 0 for n, t in zip(byte_counts, expected[1:], strict=False) if t == 256] == [
-        True
-    ] * 2
-    assert abs(byte_counts.sum() - sum(t != 256 for t in expected[1 : whole + 1])) <= 1
-    tokens, byte_counts = quality.read_tokens(data, tokenizer, 7, 20)
-    assert tokens.tolist() == expected[:15]
-    assert len(byte_counts) == 14
-
-
 def test_no_more_text_is_read_than_is_needed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,32 +165,6 @@ def test_no_more_text_is_read_than_is_needed(
         (json.dumps({"text": "a" * 100}) + "\n") * 4 + "this line is not JSON\n", encoding="utf-8"
     )
     assert evaluate(model, path, max_tokens=32)["tokens"] == 32
-
-
-def test_batches_and_chunks_do_not_change_the_scores(
-    model: Path, other: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = [
-        loading.load_model(quality.open_checkpoint(each), torch.device("cpu"), None, torch.float32)
-        for each in (model, other)
-    ]
-    tokens = np.array(stream()[: 5 * CONTEXT + 1])
-    at_once = scoring.score(models[0], tokens, CONTEXT, models[1])
-    monkeypatch.setitem(scoring._BATCH_TOKENS, "cpu", 2 * CONTEXT)
-    monkeypatch.setitem(scoring._CHUNK_BYTES, "cpu", 7 * 4 * VOCABULARY)
-    in_parts = scoring.score(models[0], tokens, CONTEXT, models[1])
-    assert at_once.loss.shape == (5, CONTEXT)
-    for name in ("loss", "reference_loss", "kl", "agrees"):
-        np.testing.assert_allclose(getattr(at_once, name), getattr(in_parts, name), atol=1e-5)
-
-
-def test_a_logit_of_minus_infinity_adds_nothing_to_kl() -> None:
-    logits = torch.tensor([[0.0, 1.0, -math.inf]])
-    labels = torch.tensor([0])
-    loss, _, kl, agrees = scoring._score_tokens([logits, logits * 2], labels)
-    assert torch.isfinite(loss).all()
-    assert 0 < kl.item() < 1
-    assert agrees.item()
 
 
 def test_tied_parameters_count_once(tmp_path: Path, data: Path) -> None:
@@ -392,7 +352,7 @@ def test_loss_that_is_not_finite(tmp_path: Path, data: Path) -> None:
         evaluate(folder, data)
     assert str(error.value) == (
         "the loss of the model is nan at token 0 of block 0, expected a finite number; the weights "
-        "are damaged, or their dtype overflows (then evaluate on --device cpu)"
+        "are damaged, or their dtype overflows (then evaluate with --dtype float32)"
     )
 
 
@@ -401,3 +361,86 @@ def test_no_such_device(model: Path, data: Path) -> None:
         UptrainError, match="device abacus: not available here; expected one of cpu"
     ):
         evaluate(model, data, device="abacus")
+
+
+def test_bfloat16_is_another_arithmetic_and_float32_that_of_a_cpu(model: Path, data: Path) -> None:
+    plain, exact, coarse = (
+        evaluate(model, data, device="cpu", dtype=name) for name in ("auto", "float32", "bfloat16")
+    )
+    assert exact == plain
+    assert (plain["dtype"], coarse["dtype"]) == ("float32", "bfloat16")
+    # Logits of bfloat16 have 8 bits: far from equal, and not far.
+    assert 1e-7 < abs(coarse["loss"] - plain["loss"]) < 0.05
+    with pytest.raises(UptrainError, match="dtype=int8: expected auto, float32 or bfloat16"):
+        evaluate(model, data, dtype="int8")
+
+
+def test_float32_is_not_rounded_to_tf32(
+    model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    stock = tally.score
+
+    def spy(*args: object) -> object:
+        seen.append(torch.get_float32_matmul_precision())
+        return stock(*args)
+
+    monkeypatch.setattr(tally, "score", spy)
+    torch.set_float32_matmul_precision("high")
+    try:
+        evaluate(model, data, device="cpu")
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest"}
+
+
+def test_long_context_measures_whole_contexts(model: Path, data: Path) -> None:
+    result = evaluate(model, data, device="cpu", sequence_length=4, max_tokens=8, long_context=True)
+    whole = evaluate(model, data, device="cpu", max_tokens=CONTEXT)
+    assert (result["tokens"], result["long_context"]["tokens"]) == (8, CONTEXT)
+    assert result["long_context"]["sequence_length"] == CONTEXT
+    assert result["long_context"]["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert result["long_context"]["by_position"] == whole["by_position"]
+    again = evaluate(model, data, device="cpu", long_context=True)
+    assert again["long_context"]["by_position"] == again["by_position"]
+
+
+def test_intervals_hold_what_was_measured(model: Path, other: Path, tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    texts = [f"document {i} says {i * i} and {i**3}" for i in range(12)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    result = evaluate(model, path, reference=other, device="cpu")
+    assert result["documents"] == 12
+    assert set(result["intervals"]) == {
+        "loss", "reference_loss", "loss_increase", "kl", "top1_agreement",
+    }  # fmt: skip
+    for key, (low, high) in result["intervals"].items():
+        assert low <= result[key] <= high
+    low, high = result["intervals"]["loss_increase"]
+    assert (result["loss_increase_p"] > 0.05) == (low < 0 < high)
+    same = evaluate(model, path, reference=model, device="cpu")
+    assert same["loss_increase_p"] == 1
+    assert same["intervals"]["loss_increase"] == [0, 0]
+
+
+def test_everything_else_is_asked_for(
+    model: Path, other: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "_ROUND_SECONDS", 0)
+    result = evaluate(
+        model,
+        data,
+        reference=other,
+        device="cpu",
+        copying=True,
+        continuations=True,
+        decode=True,
+        decode_batches=[1],
+        decode_contexts=[CONTEXT],
+    )
+    assert [row["distance"] for row in result["copying"]] == [8]
+    assert len(result["continuations"]["prompts"]) == 5
+    assert [row["model"] for row in result["decode"]] == ["target", "reference"]
+    assert result["decode_conditions"]["dtype"] == "float32"
+    assert json.loads(json.dumps(result)) is not None

@@ -169,7 +169,7 @@ def test_overrides_are_yaml_values_at_dotted_keys(path):
         ("train.trainable=mlp", "train.trainable is 'mlp'; expected 'all', 'attention' or 'attent"),
         ("train.attention_fraction=0", "train.attention_fraction is 0; expected greater than 0"),
         ("train.optimizer=sgd", "train.optimizer is 'sgd'; expected 'adamw', 'adafactor', 'muon' or"),
-        ("evaluate.decode=true", "evaluate.decode is not available yet; remove it"),
+        ("evaluate={data: a, decode: often}", "evaluate.decode is 'often'; expected a valid boolean"),
         ("source=!!python/name:os.system x", "is no plain YAML (line 1: could not determine a"),
         ("source={a: &a x, b: *a}", "is no plain YAML (line 1: aliases are refused)"),
         ("source={a: 1, a: 2}", "is no plain YAML (the block at line 1 has the key a twice)"),
@@ -186,7 +186,7 @@ def test_what_is_wrong_is_said_in_one_line(path, override, message):
 
 
 def test_an_empty_value_of_what_is_not_available_asks_for_nothing(path):
-    load_recipe(path, ["convert.architecture=null", "evaluate={data: x.txt, decode: false}"])
+    load_recipe(path, ["evaluate={data: x.txt, decode: false}"])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,10 @@ def test_an_unreadable_recipe_is_refused(path, tmp_path):
 def test_every_shipped_recipe_loads_and_says_how_to_run_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [entry["name"] for entry in shipped_recipes()]
-    assert names == ["books-14m-gqa4", "llama2-7b-gqa8", "llama2-7b-mqa", "quickstart"]
+    assert names == [
+        "books-14m-gqa4-paper", "books-14m-gqa4", "books-14m-mqa", "llama2-7b-gqa8", "llama2-7b-mqa",
+        "quickstart",
+    ]  # fmt: skip
     for entry in shipped_recipes():
         assert len(entry["description"]) > 20
         recipe = load_recipe(entry["name"])
@@ -239,7 +242,7 @@ def test_every_shipped_recipe_loads_and_says_how_to_run_it(tmp_path, monkeypatch
 
 def test_the_quickstart_is_alpha_of_the_pretraining():
     train = load_recipe("quickstart").train
-    assert (train.total_steps, train.batch_tokens) == (20, 32768)
+    assert (train.total_steps, train.batch_tokens) == (80, 8192)
     for name, steps in (("books-14m-gqa4", 200), ("llama2-7b-gqa8", 1000)):
         assert load_recipe(name).train.total_steps == pytest.approx(steps, rel=0.2)
 

@@ -66,7 +66,46 @@ def make_run(
         rows.append({"step": step, "tokens": step * 16384, "loss": loss, "seconds": step * 2.0})
         if step % 10 == 0:
             rows.append({"step": step, "validation_loss": loss})
+    write_rows(folder, rows)
+    return folder
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SETTINGS = {
+    "optimizer": "adamw",
+    "learning_rate": 0.0015,
+    "schedule": "cosine",
+    "trainable": "all",
+    "teacher": None,
+    "distillation_weight": 0.0,
+}
+
+
+def make_distilled(folder: Path, weight: float = 0.7, exported: int = 40) -> Path:
+    """Write what `finetune` leaves: no evaluations, a teacher, a spike, a rise at the end."""
+    taught = {"teacher": "books", "distillation_weight": weight, "exported_step": exported}
+    write(folder / "final" / "uptrain.json", {"uptraining": SETTINGS | taught})
+    rows: list[dict[str, Any]] = [{"step": 0, "validation_loss": 5.5, "validation_kl": 2.0}]
+    for step in range(1, 41):
+        cross_entropy, kl = 3.5 + 2 * math.exp(-step / 8), 2 * math.exp(-step / 8)
+        row = {"step": step, "tokens": step * 1000, "loss": kl, "seconds": step * 2.0}
+        row |= {"cross_entropy": cross_entropy, "kl": kl, "gradient_norm": 0.5}
+        row |= {"clipped": True} if step < 4 else {}
+        row |= {"cross_entropy": 9.0, "spike": True} if step == 25 else {}
+        rows.append(row)
+        if step % 10 == 0:
+            risen = step == 40
+            rows.append(
+                {
+                    "step": step,
+                    "validation_loss": 4 - step / 100 + risen,
+                    "validation_kl": 20 / step,
+                }
+            )
+    write_rows(folder, rows)
     return folder
 
 
@@ -92,7 +131,7 @@ def test_one_run(tmp_path: Path) -> None:
         "uptrain evaluate final --reference books --data validation.jsonl --max-tokens 65536 "
         "--sequence-length 256",
         "Versions: torch 2.13.0.",
-        "![Training and validation loss over tokens](loss.png)",
+        "![Training and validation loss over tokens, and the divergence from a teacher](loss.png)",
     ):
         assert line in page.splitlines()
     assert str(tmp_path) not in page
@@ -115,9 +154,8 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert [run["name"] for run in content["runs"]] == ["g2/out", "g4/out"]
     assert content["plots"] == ["loss.png", "comparison.png"]
     page = (tmp_path / "report" / "report.md").read_text()
-    assert (
-        "| g4/out | mean | 4 | 512 | 3.3510 | +0.8490 | +0.1490 | 0.5000 | 655,360 | 80 |" in page
-    )
+    row = "| g4/out | mean | 4 | 512 | 3.3510 | +0.8490 | +0.1490 | 0.5000 | 655,360 | – | 80 |"
+    assert row in page.splitlines()
     table = summary_table(content).splitlines()
     assert table[0].startswith("run")
     assert table[2].startswith("g2/out")
@@ -132,12 +170,138 @@ def test_names_that_cannot_be_told_apart_get_numbers(tmp_path: Path) -> None:
 
 def test_summary_for_a_terminal(tmp_path: Path) -> None:
     summary = summary_table(report([make_run(tmp_path / "run")], tmp_path / "report"))
-    verdict, quality, cost = summary.split("\n\n")
+    verdict, quality, uptraining = summary.split("\n\n")
     assert verdict.startswith("8 → 2 KV heads")
     header, _, first, *_ = quality.splitlines()
     assert header.split() == ["original", "converted", "uptrained"]
     assert first == "loss, nats a token                       3.3510     5.5000     3.9000"
-    assert "steps" in cost
+    assert "steps                         40" in uptraining.splitlines()
+
+
+def test_what_finetune_leaves(tmp_path: Path) -> None:
+    content = report([make_distilled(tmp_path / "run", exported=30)], tmp_path / "report")
+    run = content["runs"][0]
+    assert run["verdict"] == (
+        "Trained on 40,000 tokens: validation loss 5.500 → 3.700, KL 2.000 → 0.667."
+    )
+    table = summary_table(content).partition("\n\n")[2].splitlines()
+    assert [line.split("  ")[0] + "|" + line.split("  ")[-1].strip() for line in table[2:]] == [
+        "steps|40",
+        "tokens trained on|40,000",
+        "loss minimised|0.3 cross-entropy + 0.7 KL to the teacher",
+        "teacher|books",
+        "trained parameters|all",
+        "optimizer|adamw",
+        "learning rate|0.0015, cosine",
+        "validation loss|5.5000 → 3.7000",
+        "KL to the teacher|2.0000 → 0.6667",
+        "exported|step 30, the lowest validation loss",
+        "steps with clipped gradients|3",
+        "steps with a loss spike|1",
+        "time, seconds|80",
+        "speed, tokens a second|500",
+    ]
+    curves = run["training"]["curves"]
+    # Cross-entropy, whatever was minimised: it is what validation measures.
+    assert curves["loss"][-1] == [40000, pytest.approx(3.5 + 2 * math.exp(-5))]
+    assert curves["kl"][0] == [1000, pytest.approx(2 * math.exp(-1 / 8))]
+    assert curves["spikes"] == [[25000, 9.0]]
+    assert [tokens for tokens, _ in curves["validation_kl"]] == [0, 10000, 20000, 30000, 40000]
+
+
+def test_what_was_evaluated_is_not_said_twice(tmp_path: Path) -> None:
+    taught = SETTINGS | {"teacher": "books", "distillation_weight": 1.0}
+    folder = make_run(tmp_path / "run", **taught)
+    rows = [{"step": step, "validation_loss": 4.0, "validation_kl": 1.0} for step in (0, 40)]
+    log = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text(log + "".join(json.dumps(row) + "\n" for row in rows))
+    summary = summary_table(report([folder], tmp_path / "report"))
+    assert "loss minimised                KL to the teacher" in summary
+    assert "validation loss" not in summary
+    assert summary.count("KL to the teacher") == 1
+    record = json.loads((folder / "final" / "uptrain.json").read_text())
+    record["uptraining"]["teacher"] = "other"  # of which the evaluations say nothing
+    write(folder / "final" / "uptrain.json", record)
+    summary = summary_table(report([folder], tmp_path / "report"))
+    assert "KL to the teacher             1.0000 → 1.0000" in summary
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (0.0, "cross-entropy"),
+        (0.25, "0.75 cross-entropy + 0.25 KL to the teacher"),
+        (1.0, "KL to the teacher"),
+    ],
+)
+def test_what_was_minimised_is_said(tmp_path: Path, weight: float, said: str) -> None:
+    content = report([make_distilled(tmp_path / "run", weight)], tmp_path / "report")
+    assert f"| loss minimised | {said} |" in (tmp_path / "report" / "report.md").read_text()
+    assert "exported" not in summary_table(content)
+
+
+def test_the_commands_repeat_a_calibrated_conversion(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    record = json.loads((folder / "converted" / "uptrain.json").read_text())
+    asked = {"data": "my text.jsonl", "tokens": 4096, "refit": False, "reconstruct_steps": 0}
+    record |= {"method": "factorize", "grouping": "search", "calibration": asked}
+    write(folder / "converted" / "uptrain.json", record)
+    report([folder], tmp_path / "report")
+    assert (
+        "uptrain convert books converted --num-key-value-heads 2 --method factorize --seed 0 "
+        "--grouping search --calibration 'my text.jsonl' --calibration-tokens 4096 --no-refit "
+        "--reconstruct-steps 0"
+    ) in (tmp_path / "report" / "report.md").read_text().splitlines()
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, folders: list[Path], output: Path) -> Any:
+    """Give the figure of loss.png."""
+    kept = []
+    save = plots._save
+    monkeypatch.setattr(
+        plots, "_save", lambda figure, path: (kept.append(figure), save(figure, path))
+    )
+    report(folders, output)
+    return kept[0]
+
+
+def lines_of(axes: Any) -> dict[str, list[float]]:
+    return {
+        line.get_label(): list(line.get_ydata())
+        for line in axes.get_lines()
+        if not line.get_label().startswith("_")
+    }
+
+
+def test_the_plot_of_a_run_with_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_distilled(tmp_path / "run", exported=30)
+    write(folder / "report" / "original.json", evaluation("books", ORIGINAL_LOSS, 8, False))
+    figure = drawn(monkeypatch, [folder], tmp_path / "report")
+    loss, kl = figure.axes
+    assert (loss.get_ylabel(), kl.get_ylabel()) == ("loss, nats a token", "KL to the teacher")
+    assert lines_of(loss)["validation"] == [5.5, 3.9, 3.8, 3.7, 4.6]
+    assert lines_of(loss)["spike"] == [9.0]
+    assert lines_of(kl)["validation"] == pytest.approx([2, 2, 1, 2 / 3, 0.5])
+    assert set(lines_of(kl)) == {"training, smoothed", "validation"}
+    assert kl.get_ylim()[0] == 0  # what a student that equals its teacher has
+    assert [text.get_text() for text in loss.texts] == ["exported", "original\n3.351"]
+    assert [text.xy for text in (loss.texts[0], kl.texts[0])] == [(30000, 3.7), (30000, 20 / 30)]
+
+
+def test_the_plot_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [make_run(tmp_path / "plain"), make_distilled(tmp_path / "taught")]
+    loss, kl = drawn(monkeypatch, folders, tmp_path / "report").axes
+    assert set(lines_of(loss)) == {"plain", "taught"}
+    assert set(lines_of(kl)) == {"taught"}
+    assert not loss.texts  # the runs have no original in common
+    (only,) = drawn(monkeypatch, folders[:1], tmp_path / "report").axes
+    assert set(lines_of(only)) == {"training, smoothed", "validation"}
+
+
+def test_runs_of_one_size_stand_beside_each_other() -> None:
+    points = [plots.Point(str(n), size, 1.0, 0.5) for n, size in enumerate((512, 1024, 512))]
+    places = [plots._beside(points, number) for number in range(3)]
+    assert places[0] < 512 < places[2] < places[1] == 1024
 
 
 @pytest.mark.parametrize(
@@ -167,7 +331,7 @@ def test_only_a_training_log(tmp_path: Path) -> None:
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 2, "lo')
     run = report([folder], tmp_path / "report")["runs"][0]
     assert run["verdict"] == "Trained for 1 steps to a training loss of 3.000."
-    assert run["training"]["curve"] == [[8, 3.0]]
+    assert run["training"]["curves"]["loss"] == [[8, 3.0]]
     assert run["evaluations"] == {}
 
 

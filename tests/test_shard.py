@@ -21,8 +21,9 @@ from uptrain.loading import load_config, load_model
 from uptrain.training import processes
 from uptrain.training import state as states
 from uptrain.training.export import export_checkpoint
+from uptrain.training.saved import SavedState, find_states
 from uptrain.training.shard import fill, gather, load_on_main, make_mesh, shard
-from uptrain.training.state import SavedState, StateWriter, find_states, load_state
+from uptrain.training.state import StateWriter, load_state
 
 CPU = torch.device("cpu")
 RUN = {"train.learning_rate": 0.01}

@@ -13,19 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from uptrain.checkpoint import writer as checkpoint_writer
+from uptrain.checkpoint import staging
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.errors import CheckpointError, TrainingError
 from uptrain.training import state as states
 from uptrain.training.optimizer import JointOptimizer
-from uptrain.training.state import (
-    SavedState,
-    StateWriter,
-    clean_states,
-    find_states,
-    load_state,
-    source_digest,
-)
+from uptrain.training.saved import SavedState, clean_states, find_states, source_digest
+from uptrain.training.state import StateWriter, load_state
 
 PART = "part-00000/model.safetensors"
 RUN = {"train.learning_rate": 0.1, "train.betas": [0.9, 0.95], "data.train": "a" * 64}
@@ -336,7 +330,7 @@ def test_a_full_disk_keeps_the_older_checkpoints(tmp_path, monkeypatch):
     def write(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_writer, "_write_all", write)
+    monkeypatch.setattr(staging, "write_all", write)
     with StateWriter(tmp_path, model, optimizer, RUN) as writer:
         writer.save(3)  # in the background: the run hears of it when it asks next
         with pytest.raises(

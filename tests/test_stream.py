@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from test_families import FAMILIES
+from family_list import TEXT as FAMILIES
 from tiny import save, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 

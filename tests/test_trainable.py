@@ -54,7 +54,7 @@ def test_attention_is_the_whole_block_and_nothing_else(model_type, overrides, bl
 
 
 def test_layers_without_kv_heads_have_no_attention():
-    from test_families import HYBRID
+    from family_list import HYBRID
 
     model, config = model_of("qwen3_5_text", **HYBRID)
     blocks = {name.split(".self_attn.")[0] for name in attention_names(model, config)}

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from uptrain.families import carried
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "convert", "evaluate", "finetune"]
 
@@ -9,6 +11,9 @@ if TYPE_CHECKING:
     from uptrain.conversion.convert import convert
     from uptrain.evaluation.quality import evaluate
     from uptrain.training.loop import finetune
+
+
+carried.install()
 
 
 def __getattr__(name: str) -> Any:

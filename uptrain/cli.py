@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,27 @@ class Size(click.ParamType[int]):
             if text.endswith(unit) and is_number and float(number) > 0:
                 return int(float(number) * _UNITS[unit])
         self.fail(f"{value!r} is no size; write for example 500MB or 5GB", param, ctx)
+
+
+class Several(click.ParamType[tuple[Any, ...]]):
+    """Words, or positive numbers, with commas between them."""
+
+    name = "list"
+
+    def __init__(self, numbers: bool = False, word: str | None = None) -> None:
+        self.numbers, self.word = numbers, word
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Any, ...]:
+        """Read a list."""
+        if isinstance(value, tuple):
+            return value
+        parts = tuple(part.strip() for part in value.split(",") if part.strip())
+        if not self.numbers:
+            return parts
+        for part in parts:
+            if part != self.word and not re.fullmatch("[1-9][0-9]{0,8}", part):
+                self.fail(f"{part!r} is no number; write for example 1,16", param, ctx)
+        return tuple(part if part == self.word else int(part) for part in parts)
 
 
 class Commands(click.Group):
@@ -114,6 +136,15 @@ trust_option = click.option(
     help="Which heads become one.  [default: contiguous; with --calibration search]",
 )
 @click.option(
+    "--architecture",
+    default="auto",
+    show_default=True,
+    metavar="auto|keep|NAME",
+    help="Rewrite SOURCE exactly into a family that can have fewer KV heads: if it has to be, never, or "
+    "into the model type NAME.",
+)
+@click.option("--encoder", is_flag=True, help="Convert the encoder of an encoder-decoder, too.")
+@click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     help="Text or jsonl: repair every layer on it, which loses far less.",
@@ -144,6 +175,8 @@ def convert(
     num_key_value_heads: int,
     method: str | None,
     grouping: str | None,
+    architecture: str,
+    encoder: bool,
     calibration: Path | None,
     calibration_tokens: int,
     no_refit: bool,
@@ -166,6 +199,8 @@ def convert(
         num_key_value_heads,
         method=method,
         grouping=grouping,
+        architecture=architecture,
+        encoder=encoder,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         refit=not no_refit,
@@ -183,7 +218,9 @@ def convert(
         return
     heads, weights = result["num_key_value_heads"], result["weight_bytes"]
     cache, tensors = result["kv_cache_bytes_per_token"], result["tensors"]
+    kept = result["rewrite"] is None or result["rewrite"]["keeps_tensors"]
     rows = [
+        *_rewrite_rows(result["rewrite"]),
         (
             "KV heads",
             f"{heads['source']} → {heads['target']}, {result['method']}, groups of {result['group_size']} "
@@ -195,7 +232,11 @@ def convert(
             f"({cache['source'] / cache['target']:.3g}× smaller)",
         ),
         ("weights", f"{_mib(weights['source'])} → {_mib(weights['target'])}"),
-        ("tensors", f"{tensors['changed']} changed, {tensors['copied']} copied byte for byte"),
+        (
+            "tensors",
+            f"{tensors['changed']} changed, {tensors['copied']} "
+            + ("copied byte for byte" if kept else "rewritten"),
+        ),
     ]
     if result["left_out"]:
         rows.append(("left out", ", ".join(result["left_out"]) + " (weights in another format)"))
@@ -209,7 +250,10 @@ def convert(
         title = f"{result['source']} → {target} (dry run, nothing written)"
     else:
         title = f"{result['source']} → {target}"
-        rows.append(("next", f"uptrain evaluate {target} --reference {source} --data TEXT"))
+        check = f"uptrain evaluate {target} --reference {source} --data TEXT"
+        if result["auto_class"] != "AutoModelForCausalLM":  # no model that continues a text
+            check = f"uptrain verify {target} --source {source}"
+        rows.append(("next", check))
     _print_rows(title, rows)
     if result.get("choices"):
         click.echo("\n  KV heads   KV cache a token   V discarded   K discarded")
@@ -236,16 +280,17 @@ def finetune(recipe: str, overrides: Sequence[str], resume: bool, as_json: bool)
     from uptrain.training.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    result = finetune(loaded, resume=resume)
+    with redirect_stdout(sys.stderr):  # trackers speak there, but it is for results
+        result = finetune(loaded, resume=resume)
     if not result:  # only the main process reports
         return
     folder = Path(loaded.output) / "report"
-    report([Path(loaded.output)], folder)
+    content = report([Path(loaded.output)], folder)
     result["report"] = str(folder / "report.md")
     if as_json:
         _print_json(result)
-        return
-    _print_rows(f"uptrained → {result['final']}", _training_rows(result))
+    else:
+        _print_report(content, [("model", result["final"]), ("report", result["report"])])
 
 
 @main.command()
@@ -258,57 +303,58 @@ def finetune(recipe: str, overrides: Sequence[str], resume: bool, as_json: bool)
     type=click.IntRange(min=1),
     help="Tokens of a block.  [default: the model's context, at most 2048]",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    help="Of weights and arithmetic.  [default: float32 on a CPU, else the checkpoint's own]",
+)
+@click.option("--long-context", is_flag=True, help="Also the loss by position in a whole context.")
+@click.option("--copying", is_flag=True, help="Also the loss on a random span that comes again.")
+@click.option("--continuations", is_flag=True, help="Also how the models go on from five prompts.")
+@click.option(
+    "--tasks",
+    type=Several(),
+    default=(),
+    metavar="NAME,…",
+    help="Also tasks of the lm-evaluation-harness, which is an extra.",
+)
+@click.option(
+    "--tasks-folder", type=click.Path(path_type=Path), help="Where more tasks are, as YAML files."
+)
+@click.option("--decode", is_flag=True, help="Also the speed of prefill and decoding.")
+@click.option(
+    "--decode-batches",
+    type=Several(numbers=True, word="max"),
+    metavar="N,…",
+    help="Sequences at once; max for as many as fit.  [default: 1,4,16 on a GPU, else 1,4]",
+)
+@click.option(
+    "--decode-contexts",
+    type=Several(numbers=True),
+    metavar="N,…",
+    help="Tokens of the full context.  [default: 1024,4096 on a GPU, else 256]",
+)
 @click.option("--device", help="cpu, cuda, …  [default: a GPU if there is one]")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for evaluation.json.")
 @trust_option
 @json_option
-def evaluate(
-    model: str,
-    data: Path,
-    reference: str | None,
-    max_tokens: int | None,
-    sequence_length: int | None,
-    device: str | None,
-    output: Path | None,
-    trust_remote_code: bool,
-    as_json: bool,
-) -> None:
+@click.pass_context
+def evaluate(ctx: click.Context, /, model: str, data: Path, as_json: bool, **options: Any) -> None:
     """Measure the loss of MODEL on text, and how far it is from a reference."""
+    for option, needed in (
+        ("tasks_folder", "tasks"),
+        ("decode_batches", "decode"),
+        ("decode_contexts", "decode"),
+    ):
+        if options[option] and not options[needed]:
+            flags = [f"--{name.replace('_', '-')}" for name in (option, needed)]
+            raise click.UsageError(f"{flags[0]} needs {flags[1]}", ctx)
     from uptrain.evaluation.quality import evaluate
+    from uptrain.evaluation.tables import evaluation
 
-    result = evaluate(
-        model,
-        data,
-        reference=reference,
-        max_tokens=max_tokens,
-        sequence_length=sequence_length,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        output=output,
-    )
-    if as_json:
-        _print_json(result)
-        return
-    rows = [
-        ("loss", f"{result['loss']:.4f} nats a token"),
-        ("perplexity", f"{result['perplexity']:.2f}"),
-        ("bits per byte", f"{result['bits_per_byte']:.4f}"),
-    ]
-    if reference is not None:
-        rows += [
-            ("reference", f"{result['reference_loss']:.4f} nats a token"),
-            ("increase", f"{result['loss_increase']:+.4f} nats a token"),
-            ("KL", f"{result['kl']:.4f} nats a token, KL(reference ‖ model)"),
-            ("agreement", f"{result['top1_agreement']:.1%} of most likely tokens"),
-        ]
-    rows += [
-        (
-            "KV cache",
-            f"{result['kv_cache_bytes_per_token']:,} bytes a token, {result['num_key_value_heads']} KV heads",
-        ),
-        ("measured on", f"{result['tokens']:,} tokens of {data}"),
-    ]
-    _print_rows(model, rows)
+    result = evaluate(model, data, **options)
+    _print_json(result) if as_json else click.echo(evaluation(result))
 
 
 @main.command()
@@ -320,17 +366,15 @@ def run(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
     from uptrain.run import run
     from uptrain.training.recipe import load_recipe
 
-    result = run(load_recipe(recipe, overrides))
+    with redirect_stdout(sys.stderr):  # trackers speak there, but it is for results
+        result = run(load_recipe(recipe, overrides))
     if not result:  # only the main process reports
         return
     if as_json:
         _print_json(result)
-        return
-    from uptrain.report import summary_table
-
-    click.echo(summary_table(result["report"]))
-    click.echo()
-    _print_rows("written", [("model", result["final"]), ("report", result["report_path"])])
+    else:
+        written = [("model", result["final"]), ("report", result["report_path"])]
+        _print_report(result["report"], written)
 
 
 @main.command()
@@ -405,42 +449,13 @@ def inspect(
         raise click.UsageError(f"{flag} needs --train-plan")
     from uptrain.checkpoint.reader import open_checkpoint
     from uptrain.conversion.plan import inspect
-    from uptrain.evaluation.serving import runtimes
+    from uptrain.evaluation.serving import describe_serving
+    from uptrain.evaluation.tables import inspection
 
     checkpoint = open_checkpoint(model)
-    result = inspect(checkpoint, checkpoint.folder if trust_remote_code else None)
-    for target in result["targets"]:
-        target["runtimes"] = runtimes(checkpoint.config, target["num_key_value_heads"])
-    if as_json:
-        _print_json(result)
-        return
-    H, K = result["num_attention_heads"], result["num_key_value_heads"]
-    kind = "multi-head" if K == H else "multi-query" if K == 1 else "grouped-query"
-    _print_rows(
-        f"{result['model']} ({result['model_type']})",
-        [
-            (
-                "attention",
-                f"{H} query heads, {K} KV heads ({kind}), {result['num_hidden_layers']} layers",
-            ),
-            ("weights", f"{result['parameters']:,} values, {_mib(result['weight_bytes'])}"),
-        ],
-    )
-    click.echo()
-    click.echo("  KV heads   KV cache a token   smaller   accepted by")
-    own = result["targets"][0]["kv_cache_bytes_per_token"]
-    for target in result["targets"]:
-        count, cached = target["num_key_value_heads"], target["kv_cache_bytes_per_token"]
-        accepting = ", ".join(r["runtime"] for r in target["runtimes"] if r["accepts"])
-        click.echo(f"  {count:>8}   {cached:>10,} bytes   {own / cached:>6.3g}×   {accepting}")
-    notes = {
-        f"{r['runtime']}: {r['note']}"
-        for target in result["targets"]
-        for r in target["runtimes"]
-        if not r["accepts"]
-    }
-    for note in sorted(notes):
-        click.echo(f"\n  {note}")
+    code = checkpoint.folder if trust_remote_code else None
+    result = describe_serving(inspect(checkpoint, code), checkpoint, code)
+    _print_json(result) if as_json else click.echo(inspection(result))
 
 
 @main.command()
@@ -478,17 +493,15 @@ def verify(
 @json_option
 def report(folders: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """Gather the results of runs into tables and plots."""
-    from uptrain.report import report, summary_table
+    from uptrain.report import report
 
     if output is None:
         output = folders[0] / "report" if len(folders) == 1 else Path("report")
     result = report(folders, output)
     if as_json:
         _print_json(result)
-        return
-    click.echo(summary_table(result))
-    click.echo()
-    _print_rows("written", [("report", str(output / "report.md"))])
+    else:
+        _print_report(result, [("report", str(output / "report.md"))])
 
 
 @main.group()
@@ -572,6 +585,14 @@ def _print_train_plan(result: dict[str, Any]) -> None:
     )
 
 
+def _rewrite_rows(rewrite: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Say what a source is rewritten into, and what that costs."""
+    if rewrite is None:
+        return []
+    made = f"{rewrite['source']} → {rewrite['target']}, which computes the same"
+    return [("rewrite", made), *(("", sentence) for sentence in rewrite["lost"])]
+
+
 def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
     """Show what each layer lost and how much of it was repaired."""
     steps = list(dict.fromkeys(step for layer in layers for step in layer["error"]))
@@ -590,17 +611,13 @@ def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def _training_rows(result: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [
-        ("training", f"{result['steps']:,} steps, {result['tokens']:,} tokens"),
-        ("loss", f"{result['loss']:.4f} nats a token, last step"),
-    ]
-    if result.get("validation_loss") is not None:
-        rows.append(("validation", f"{result['validation_loss']:.4f} nats a token"))
-    rows.append(
-        ("speed", f"{result['tokens_per_second']:,.0f} tokens/s, {result['seconds']:,.0f} s")
-    )
-    return rows
+def _print_report(content: dict[str, Any], written: Sequence[tuple[str, str]]) -> None:
+    """Show the figures of a report, and where things are."""
+    from uptrain.report import summary_table
+
+    click.echo(summary_table(content))
+    click.echo()
+    _print_rows("written", written)
 
 
 def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 from uptrain.checkpoint.card import model_card
 from uptrain.checkpoint.reader import MODEL_CARD, RECORD, read_json, resolve_source
-from uptrain.checkpoint.writer import replace_file
+from uptrain.checkpoint.staging import replace_file
 from uptrain.conversion.convert import convert
 from uptrain.conversion.options import make_options
 from uptrain.errors import CheckpointError, RecipeError
 from uptrain.evaluation.quality import evaluate
 from uptrain.report import report
+from uptrain.training import processes
 from uptrain.training.loop import finetune
 from uptrain.training.options import ConvertOptions, EvaluateOptions
 from uptrain.training.recipe import Recipe
@@ -43,17 +44,21 @@ def run(recipe: Recipe) -> dict[str, Any]:
         )
     output = Path(recipe.output)
     converted, folder = output / "converted", output / "report"
-    accelerator = make_accelerator(recipe)
-    if accelerator.is_main_process:
-        _convert(recipe.source, converted, recipe.convert)
-    accelerator.wait_for_everyone()
+    make_accelerator(recipe)  # from here on the processes know of each other
+    how = recipe.convert
+    processes.in_main(lambda: _convert(recipe.source, converted, how))
     training = finetune(recipe.model_copy(update={"source": str(converted)}), resume=True)
     if not training:
         return {}
     final = Path(training["final"])
+    # The converted checkpoint decodes as fast as the final one, which has its shape.
+    alike = recipe.evaluate.model_copy(update={"decode": False})
     evaluations = {
-        name: _evaluate(model, recipe.source, recipe.evaluate, folder / f"{name}.json")
-        for name, model in {"converted": converted, "final": final}.items()
+        name: _evaluate(model, recipe.source, options, folder / f"{name}.json")
+        for name, model, options in (
+            ("converted", converted, alike),
+            ("final", final, recipe.evaluate),
+        )
     }
     for model, evaluation in ((converted, evaluations["converted"]), (final, evaluations["final"])):
         card = model_card(read_json(model / RECORD), evaluation)
@@ -106,13 +111,7 @@ def _evaluate(model: Path, source: str, options: EvaluateOptions, kept: Path) ->
         known = read_json(kept)
         if known.pop("inputs", None) == inputs:
             return known
-    result = evaluate(
-        str(model),
-        data,
-        reference=source,
-        max_tokens=options.max_tokens,
-        sequence_length=options.sequence_length,
-    )
+    result = evaluate(str(model), reference=source, **options.model_dump())
     kept.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps({**result, "inputs": inputs}, indent=2, ensure_ascii=False) + "\n"
     replace_file(kept, content.encode())

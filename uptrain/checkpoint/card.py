@@ -70,6 +70,8 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any] | None = None)
         + " |",
         f"| method | {record['method']}, {record['grouping']} groups, seed {record['seed']} |",
     ]
+    if rewrite := record.get("rewrite"):
+        lines.append(f"| architecture | {rewrite['source']} rewritten as {rewrite['target']} |")
     uptraining = record.get("uptraining")
     if uptraining is None:
         lines.append("| uptraining | none yet |")
@@ -85,14 +87,19 @@ def model_card(record: dict[str, Any], evaluation: dict[str, Any] | None = None)
             f"| KL(original ‖ this) | {evaluation['kl']:.4f} nats a token |",
             f"| KV cache | {evaluation['kv_cache_bytes_per_token']:,} bytes a token |",
         ]
+    auto = record.get("auto_class", "AutoModelForCausalLM")
+    code = [name for name in record.get("files", ()) if name.startswith("modeling_")]
+    trust = ", trust_remote_code=True" if code else ""
     lines += [
         "",
-        "It loads with plain transformers:",
+        f"It brings its own class in `{code[0]}`; without `trust_remote_code` it loads after `import uptrain`:"
+        if code
+        else "It loads with plain transformers:",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        f'model = {auto}.from_pretrained("path/to/this/folder"{trust})',
         "```",
         "",
         f"Made with uptrain {record['uptrain_version']}; `uptrain.json` holds the full record and the hash of "

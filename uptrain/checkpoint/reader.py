@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import struct
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = 2**20  # larger buffers cost more in page faults than they save in calls
 _MAX_HEADER_BYTES = 100_000_000  # the limit that safetensors itself sets
 _MAX_DIMENSIONS = 64  # what torch can hold; the product of very many sizes would take hours
-_MAX_JSON_BYTES = 256 * 2**20
+_MAX_JSON_BYTES = 64 * 2**20
+# Keys of a config by which transformers builds so many parts, one by one, and the most that is
+# believed of them where the weights do not have as many tensors or rows.
+_PARTS = re.compile("layer|expert|label|block|depth|stage|codebook")
+_MAX_PARTS = 4096
 # Files of a source that hold weights in some form and would be stale beside converted ones.
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".onnx",
@@ -94,6 +100,16 @@ class Checkpoint:
         """Name a companion file relative to the folder, as `uptrain.json` does."""
         return path.relative_to(self.folder).as_posix()
 
+    def companion_files(self) -> Iterator[tuple[str, Iterator[memoryview]]]:
+        """Yield name and content of every companion file, at most 1 MiB of it at a time."""
+        for path in self.companions:
+            yield self.companion_name(path), file_chunks(path)
+
+    @property
+    def making_bytes(self) -> int:
+        """Most bytes that `read` takes beside the tensor itself."""
+        return 0
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -131,19 +147,46 @@ def entry_chunks(entry: TensorEntry) -> Iterator[memoryview]:
     Raises:
         CheckpointError: If the file has become shorter since its header was read.
     """
+    left = entry.nbytes
+    for chunk in file_chunks(entry.path, entry.offset, left):
+        left -= len(chunk)
+        yield chunk
+    if left:
+        raise CheckpointError(
+            f"{entry.path}: ended while tensor {entry.name} was being read; "
+            "the file changed or its disk failed, copy it again"
+        )
+
+
+def file_chunks(path: Path, offset: int = 0, nbytes: int = sys.maxsize) -> Iterator[memoryview]:
+    """Yield `nbytes` of a file from `offset` on, or what there is, at most 1 MiB at a time.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
     # Buffered: a raw read may give less than it was asked for.
-    with entry.path.open("rb") as file:
-        file.seek(entry.offset)
-        left = entry.nbytes
-        while left:
-            chunk = file.read(min(left, CHUNK_BYTES))
-            if not chunk:
-                raise CheckpointError(
-                    f"{entry.path}: ended while tensor {entry.name} was being read; "
-                    "the file changed or its disk failed, copy it again"
-                )
-            left -= len(chunk)
+    with _reading(path), path.open("rb") as file:
+        file.seek(offset)
+        while chunk := file.read(min(nbytes, CHUNK_BYTES)):
+            nbytes -= len(chunk)
             yield memoryview(chunk)
+
+
+def byte_chunks(content: bytes) -> Iterator[memoryview]:
+    """Yield what is in memory as `file_chunks` would."""
+    for start in range(0, len(content), CHUNK_BYTES):
+        yield memoryview(content)[start : start + CHUNK_BYTES]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path}: cannot be read ({error.strerror or one_line(error)}); "
+            "check the disk, and who may read it"
+        ) from error
 
 
 def tensor_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -214,6 +257,11 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
             quantised.
     """
     folder, name, revision = resolve_source(source)
+    with _reading(folder):
+        return _open_folder(folder, name, revision)
+
+
+def _open_folder(folder: Path, name: str, revision: str | None) -> Checkpoint:
     config = read_config(folder)
     weights = _weight_files(folder)
     tensors: dict[str, TensorEntry] = {}
@@ -221,15 +269,10 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         entries = _read_bin_entries(path) if path.suffix == ".bin" else read_header(path)
         if indexed is not None:
             _compare_with_index(path, indexed, entries)
-        for tensor, entry in entries.items():
-            if tensor in tensors:
-                raise CheckpointError(
-                    f"{path}: tensor {tensor} is also in {tensors[tensor].path.name}; "
-                    "a tensor must be in one file, fetch the checkpoint again"
-                )
-            tensors[tensor] = entry
+        tensors |= entries  # none is in two files: an index names one for each
     if not tensors:
         raise CheckpointError(f"{folder}: its weight files hold no tensor; fetch them again")
+    _check_parts(folder / CONFIG, config, tensors)
     companions, left_out = [], []
     for path in sorted([*folder.iterdir(), *folder.glob(_CHAT_TEMPLATES)]):
         if path.is_symlink() and not path.exists():
@@ -269,6 +312,17 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: model_type is {json.dumps(config.get('model_type'))}, expected a name such as "
             '"llama"; take config.json from the original checkpoint'
         )
+    names = config.get("architectures") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(
+            f"{path}: architectures is {json.dumps(names)[:80]}, expected names of model classes; "
+            "take config.json from the original checkpoint"
+        )
+    if not isinstance(config.get("auto_map", {}), dict):
+        raise CheckpointError(
+            f"{path}: auto_map is {json.dumps(config['auto_map'])[:80]}, expected an object; "
+            "take config.json from the original checkpoint"
+        )
     for key in ("quantization_config", "compression_config"):
         if config.get(key) is not None:
             method = config[key].get("quant_method") if isinstance(config[key], dict) else None
@@ -279,20 +333,45 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _check_parts(path: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]) -> None:
+    """Refuse a config that would have a model built of more parts than there can be."""
+    rows = max((n for entry in tensors.values() for n in entry.shape), default=0)
+    most = max(len(tensors), rows, _MAX_PARTS)
+    for key, number in _numbers(config):
+        if number > most and _PARTS.search(key):
+            raise CheckpointError(
+                f"{path}: {key} is {number}, the checkpoint has {len(tensors)} tensors of at most "
+                f"{rows} rows; config and weights do not belong together, fetch both again"
+            )
+
+
+def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield every number of a config, however deep, under its key."""
+    pending: list[tuple[str, Any]] = [("", config)]
+    while pending:
+        key, content = pending.pop()
+        if isinstance(content, dict):
+            pending += content.items()
+        elif isinstance(content, list):
+            pending += ((key, each) for each in content)
+        elif isinstance(content, int | float):
+            yield key, content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from `path`.
 
     Raises:
         CheckpointError: If it is not readable UTF-8 JSON, not an object, or names a key twice.
     """
-    try:
+    with _reading(path):
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: is too large to be JSON; fetch the file again")
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
         content = json.loads(text, object_pairs_hook=_unique_keys)
         json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate could not be written
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: is not valid JSON ({one_line(error)}); fetch the file again"
@@ -314,8 +393,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         CheckpointError: If the file is truncated, is no safetensors file (a Git LFS pointer, a web
             page), or its header contradicts itself or the file's size.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         (length,) = struct.unpack("<Q", start.ljust(8, b"\xff"))
         if length > min(size - 8, _MAX_HEADER_BYTES):

@@ -1,7 +1,7 @@
 """One attention block's weights as heads, whatever their names, layout and biases."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +36,11 @@ class AttentionNames:
     """Whether each query head's rows are followed by as many rows of an output gate."""
     layouts: Mapping[str, Layout]
     """Of all tensors that follow the number of KV heads, norms among them, by name."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights lie `[inputs, outputs]`, as in gpt2."""
+        return self.layout is Layout.COLUMNS
 
     @property
     def projections(self) -> set[str]:
@@ -166,7 +171,7 @@ def read_heads(
     H, K = heads.num_attention_heads, heads.num_key_value_heads
 
     def rows(leaf: str) -> torch.Tensor:
-        weight = state[f"{names.module}.{leaf}.weight"].double()
+        weight = _turned(state[f"{names.module}.{leaf}.weight"].double(), names)
         bias = state.get(f"{names.module}.{leaf}.bias")
         if not names.has_bias:
             return weight
@@ -178,14 +183,15 @@ def read_heads(
         (key,) = split_heads(rows(names.key), Layout.SEPARATE, heads)[1]
         (value,) = split_heads(rows(names.value), Layout.SEPARATE, heads)[1]
     else:
-        found, (key, value) = split_heads(rows(names.query), names.layout, heads)
+        layout = Layout.CONCATENATED if names.transposed else names.layout
+        found, (key, value) = split_heads(rows(names.query), layout, heads)
         assert found is not None
         query = found
     gate = None
     if names.gated:
         query, gate = query.chunk(2, dim=1)
         gate = gate.unflatten(0, (K, -1))
-    output = state[f"{names.module}.{names.output}.weight"].double()
+    output = _turned(state[f"{names.module}.{names.output}.weight"].double(), names)
     output = output.unflatten(1, (K, H // K, -1)).permute(1, 2, 0, 3)
     return AttentionHeads(query.unflatten(0, (K, -1)), key, value, output, gate)
 
@@ -206,16 +212,22 @@ def write_heads(parts: AttentionHeads, names: AttentionNames) -> dict[str, torch
             names.value: parts.value.flatten(0, 1),
         }
     else:
-        joined = {names.query: join_heads(query, [parts.key, parts.value], names.layout)}
+        layout = Layout.CONCATENATED if names.transposed else names.layout
+        joined = {names.query: join_heads(query, [parts.key, parts.value], layout)}
     state = {}
     for leaf, rows in joined.items():
         if names.has_bias:
             state[f"{names.module}.{leaf}.bias"] = rows[:, -1].contiguous()
             rows = rows[:, :-1]
-        state[f"{names.module}.{leaf}.weight"] = rows.contiguous()
+        state[f"{names.module}.{leaf}.weight"] = _turned(rows, names).contiguous()
     output = parts.output.permute(2, 0, 1, 3).flatten(1)
-    state[f"{names.module}.{names.output}.weight"] = output.contiguous()
+    state[f"{names.module}.{names.output}.weight"] = _turned(output, names).contiguous()
     return state
+
+
+def _turned(weight: torch.Tensor, names: AttentionNames) -> torch.Tensor:
+    """Turn a weight of the model to [outputs, inputs], or back."""
+    return weight.mT if names.transposed else weight
 
 
 @contextmanager
@@ -243,7 +255,7 @@ def add_to_keys(
         gate=None if parts.gate is None else nothing(parts.gate),
     )
     written = write_heads(columns, replace(names, has_bias=False))
-    rows = written[f"{names.module}.{names.key}.weight"].mT
+    rows = _turned(written[f"{names.module}.{names.key}.weight"], names).mT
 
     def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
         order = torch.arange(output.shape[-2]) % period
@@ -275,7 +287,7 @@ def find_layers(
             `find_attention`.
     """
     model = meta.build_on_meta(checkpoint.config, code)
-    in_memory = meta.names_in_memory(model, checkpoint.tensors)
+    in_memory, expected = meta.names_in_memory(model, checkpoint.tensors), model.state_dict()
     found: dict[int, dict[str, Layout]] = {}
     stacks = set()
     for disk, tensor in head_tensors.items():
@@ -283,6 +295,11 @@ def find_layers(
         if match is None:
             raise UnsupportedFamilyError(
                 f"{checkpoint.name}: tensor {disk} is in no list of layers; use --method mean without --calibration"
+            )
+        if expected[in_memory[disk]].shape != tensor.source_shape:
+            raise UnsupportedFamilyError(
+                f"{checkpoint.name}: tensor {disk} is stored in another form than it is computed with; use "
+                "--method mean without --calibration"
             )
         stacks.add(match[1])
         found.setdefault(int(match[2]), {})[match[3]] = tensor.layout
@@ -300,29 +317,3 @@ def find_layers(
         except UnsupportedFamilyError as error:
             raise UnsupportedFamilyError(f"{checkpoint.name}: layer {index}: {error}") from error
     return names, stack
-
-
-def merge_norms(
-    state: Mapping[str, torch.Tensor],
-    names: AttentionNames,
-    heads: Heads,
-    groups: Sequence[Sequence[int]],
-) -> dict[str, torch.Tensor]:
-    """Average the gains of norms over all KV heads (olmo2, cohere) within each group.
-
-    Args:
-        state: The layer's tensors by name within the layer.
-        names: From `find_attention`.
-        heads: The head counts of these tensors.
-        groups: Source KV heads of each target head.
-
-    Returns:
-        float64 tensors by name within the layer.
-    """
-    merged = {}
-    for name, layout in names.layouts.items():
-        if name.split(".")[-2] in names.projections:
-            continue
-        (gains,) = split_heads(state[name].double(), layout, heads)[1]
-        merged[name] = torch.stack([gains[list(group)].mean(0) for group in groups]).flatten(0, 1)
-    return merged

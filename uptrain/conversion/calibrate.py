@@ -17,19 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from uptrain.checkpoint.reader import DTYPES, read_json
-from uptrain.checkpoint.writer import replace_file
+from uptrain.checkpoint.staging import replace_file
 from uptrain.conversion import repair
 from uptrain.conversion.attention import (
     AttentionHeads,
     add_to_keys,
     find_layers,
-    merge_norms,
     read_heads,
     write_heads,
 )
 from uptrain.conversion.finished import LayerReport, fingerprint, layer_path, open_partial
 from uptrain.conversion.freedom import Freedom, find_freedom, rotary_dims
-from uptrain.conversion.merge import Losses, merge_heads
+from uptrain.conversion.merge import Losses, merge_heads, merge_norms
 from uptrain.conversion.moments import balanced_signs, input_moments
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan, plan_conversion
@@ -37,7 +36,7 @@ from uptrain.conversion.residual import MOMENT_TOKENS, ResidualStreams
 from uptrain.conversion.sample import draw_calibration
 from uptrain.conversion.stream import LayerStream
 from uptrain.errors import CheckpointError, UptrainError
-from uptrain.families.head_tensors import possible_head_counts
+from uptrain.families.head_tensors import kv_cache_bytes_per_token, possible_head_counts
 from uptrain.loading import pick_device
 from uptrain.progress import progress
 
@@ -189,7 +188,6 @@ class _Work:
     @torch.no_grad()
     def survey(self) -> list[dict[str, Any]]:
         """What each possible number of KV heads would discard, averaged over the layers."""
-        K = self.plan.heads.num_key_value_heads
         counts = possible_head_counts(self.plan.checkpoint.config, self.code)
         lost: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
         with progress("survey", len(self.source), "layers") as advance:
@@ -204,11 +202,11 @@ class _Work:
                 if self.streams is not None:
                     self.streams.move(index, source, source)
                 advance(1)
-        cached = self.plan.kv_cache_bytes_per_token
+        config = self.plan.checkpoint.config
         return [
             {
                 "num_key_value_heads": count,
-                "kv_cache_bytes_per_token": cached * count // K,
+                "kv_cache_bytes_per_token": kv_cache_bytes_per_token(config, self.code, count),
                 "discarded_energy": {
                     "value": sum(value for value, _ in lost[count]) / len(lost[count]),
                     "key": sum(key for _, key in lost[count]) / len(lost[count]),

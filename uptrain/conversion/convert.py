@@ -22,15 +22,18 @@ from uptrain.checkpoint.reader import (
     open_checkpoint,
     tensor_chunks,
 )
-from uptrain.checkpoint.writer import (
-    DEFAULT_SHARD_BYTES,
-    TensorSpec,
+from uptrain.checkpoint.staging import (
+    check_room,
     check_target,
-    copy_companions,
     side_folders,
     staged_folder,
     write_bytes,
     write_json,
+)
+from uptrain.checkpoint.writer import (
+    DEFAULT_SHARD_BYTES,
+    TensorSpec,
+    copy_companions,
     write_tensors,
 )
 from uptrain.conversion.calibrate import check_layers, merge_layers, survey
@@ -38,7 +41,9 @@ from uptrain.conversion.finished import LayerReport, finished_tensors
 from uptrain.conversion.options import DEFAULT_TOKENS, Options, make_options
 from uptrain.conversion.plan import Plan, plan_conversion
 from uptrain.conversion.pooling import pool_tensor
+from uptrain.conversion.rewritten import as_architecture, describe_rewrite
 from uptrain.errors import CheckpointError
+from uptrain.families.carried import loading_class
 from uptrain.progress import progress
 
 
@@ -49,6 +54,8 @@ def convert(
     *,
     method: str | None = None,
     grouping: str | None = None,
+    architecture: str = "auto",
+    encoder: bool = False,
     calibration: str | os.PathLike[str] | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
     refit: bool = True,
@@ -67,7 +74,8 @@ def convert(
     time. `align` and `factorize` also change what reads the heads, and a calibration repairs each layer
     by text; both take one layer at a time into memory. Of `config.json` only the number of KV heads
     changes. The target appears whole or not at all; an interrupted calibration goes on behind its last
-    finished layer when it is called again.
+    finished layer when it is called again. A family without a number of KV heads is first rewritten into
+    one that has it and computes the same; then all tensors may differ.
 
     Args:
         source: Checkpoint folder or hub id.
@@ -75,8 +83,11 @@ def convert(
         num_key_value_heads: G of the target, a divisor of the source's; 1 makes multi-query attention.
         method: `mean`, `first`, `random`, `align` or `factorize`; by default `factorize` with a
             calibration, else `mean`.
+        architecture: `auto` to rewrite a family without a number of KV heads exactly into one that has
+            it, `keep` to refuse it, or the `model_type` to rewrite into.
         grouping: `contiguous`, or `search` for groups of heads that lose least (`align` and
             `factorize`); by default `search` with a calibration, else `contiguous`.
+        encoder: Convert the encoder of an encoder-decoder, too; else it is left alone, as in the paper.
         calibration: Text or jsonl file.
         calibration_tokens: How much of it to use.
         refit: Solve each output projection anew.
@@ -108,6 +119,8 @@ def convert(
     options = make_options(
         method=method,
         grouping=grouping,
+        architecture=architecture,
+        encoder=encoder,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         refit=refit,
@@ -120,9 +133,14 @@ def convert(
     _check_apart(checkpoint.folder, target)
     check_target(target, overwrite)
     code = checkpoint.folder if trust_remote_code else None
-    plan = plan_conversion(checkpoint, num_key_value_heads, code)
-    _check_disk(plan, target)
-    result = {**plan.summary(), "target": str(target), **options.describe()}
+    checkpoint = as_architecture(checkpoint, architecture, num_key_value_heads, code)
+    plan = plan_conversion(checkpoint, num_key_value_heads, code, encoder=encoder)
+    check_room(target, _needed_bytes(plan, options))
+    rewrite = describe_rewrite(checkpoint, num_key_value_heads)
+    result = {
+        **plan.summary(), "rewrite": rewrite, "auto_class": loading_class(plan.config),
+        "target": str(target), **options.describe(),
+    }  # fmt: skip
     by_layer = options.by_layer and plan.group_size > 1
     if dry_run:
         if options.calibration is not None:
@@ -169,15 +187,19 @@ def pooled_tensor(plan: Plan, name: str, method: str, seed: int) -> torch.Tensor
     Raises:
         CheckpointError: If it has NaN or infinite values.
     """
-    weight = plan.checkpoint.read(name)
-    if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
-        raise CheckpointError(
-            f"{plan.checkpoint.tensors[name].path}: tensor {name} has NaN or infinite values; "
-            "the checkpoint is damaged, fetch it again"
-        )
-    std = float(plan.config.get("initializer_range") or 0.02)
-    tensor, count = plan.head_tensors[name], plan.num_key_value_heads
-    return pool_tensor(weight, tensor, plan.heads, count, method, seed=seed, std=std)
+    tensor = plan.head_tensors[name]
+    weights = []
+    for member in tensor.members:
+        weight = plan.checkpoint.read(member)
+        if weight.numel() and not torch.stack(torch.aminmax(weight)).isfinite().all():
+            raise CheckpointError(
+                f"{plan.checkpoint.tensors[member].path}: tensor {member} has NaN or infinite values; "
+                "the checkpoint is damaged, fetch it again"
+            )
+        weights.append(weight)
+    std = float(plan.config.get("initializer_range") or plan.config.get("init_std") or 0.02)
+    whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return pool_tensor(whole, tensor, method, seed=seed, std=std)
 
 
 @contextmanager
@@ -208,11 +230,13 @@ def _record(
             "card": inherited_metadata(checkpoint.folder),
         },
         "model_type": checkpoint.config["model_type"],
+        "auto_class": loading_class(plan.config),
         "num_attention_heads": plan.heads.num_attention_heads,
         "num_key_value_heads": {
             "source": plan.heads.num_key_value_heads,
             "target": plan.num_key_value_heads,
         },
+        "rewrite": describe_rewrite(checkpoint, plan.num_key_value_heads),
         **options.describe(),
         "layers": [asdict(layer) for layer in layers],
         "changed": changed,
@@ -239,16 +263,9 @@ def _check_apart(source: Path, target: Path) -> None:
         )
 
 
-def _check_disk(plan: Plan, target: Path) -> None:
-    parent = Path(os.path.abspath(target)).parent
-    while not parent.exists():
-        parent = parent.parent
-    needed = plan.nbytes + sum(path.stat().st_size for path in plan.checkpoint.companions)
-    # What a killed run left there is removed before anything is written.
-    left = list(side_folders(Path(os.path.abspath(target)))[0].rglob("*"))
-    free = shutil.disk_usage(parent).free + sum(path.lstat().st_size for path in left)
-    if free < needed:
-        raise CheckpointError(
-            f"{target}: needs {needed / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} GiB free; "
-            "free some space or choose a target on another disk"
-        )
+def _needed_bytes(plan: Plan, options: Options) -> int:
+    """Count what a conversion writes before anything of it can be removed."""
+    companions = sum(path.stat().st_size for path in plan.checkpoint.companions)
+    # A calibration keeps its finished layers until all are done; reconstruction changes them whole.
+    is_kept = options.calibration and options.reconstruct_steps != 0 and plan.group_size > 1
+    return plan.nbytes * (2 if is_kept else 1) + companions

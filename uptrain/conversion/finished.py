@@ -12,9 +12,12 @@ from torch import Tensor
 
 import uptrain
 from uptrain.checkpoint.reader import TensorEntry, read_header, read_json
-from uptrain.checkpoint.writer import replace_file
+from uptrain.checkpoint.staging import replace_file
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan
+from uptrain.errors import CheckpointError
+
+_MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -66,10 +69,23 @@ def fingerprint(plan: Plan, options: Options, tokens: Tensor | None) -> dict[str
 
 def open_partial(partial: Path, wanted: dict[str, Any]) -> None:
     """Take over the finished layers of the same work; remove those of any other."""
-    manifest = partial / "manifest.json"
-    if manifest.is_file() and read_json(manifest) == json.loads(json.dumps(wanted)):
+    if _is_usable(partial, wanted):
         return
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    replace_file(manifest, (json.dumps(wanted) + "\n").encode())
+    replace_file(partial / _MANIFEST, (json.dumps(wanted) + "\n").encode())
+
+
+def _is_usable(partial: Path, wanted: dict[str, Any]) -> bool:
+    if not (partial / _MANIFEST).is_file():
+        return False
+    try:
+        finished_tensors(partial)
+        reports = [LayerReport(**read_json(path)) for path in partial.glob("layer-*.json")]
+        is_whole = all(layer_path(partial, r.layer).is_file() for r in reports if r.groups)
+        return is_whole and read_json(partial / _MANIFEST) == json.loads(json.dumps(wanted))
+    except (CheckpointError, TypeError, ValueError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # a disk that fails now and then must not cost hours of work
+        return False

@@ -124,15 +124,16 @@ def find_freedom(parts: AttentionHeads, run: Run, rotary_dims: list[int]) -> Fre
 
 def rotary_dims(config: Mapping[str, Any], code: Path | None) -> list[int]:
     """Numbers of leading channels of a head that may be rotated, from what the config says."""
-    parsed = registry.parse_config(config, code)
-    heads = registry.read_heads(config, code)
-    size = getattr(parsed, "head_dim", None) or parsed.hidden_size // heads.num_attention_heads
-    rope = getattr(parsed, "rope_parameters", None) or {}
-    parts = [rope.get("partial_rotary_factor")] if isinstance(rope, dict) else []
-    parts += [r.get("partial_rotary_factor") for r in rope.values() if isinstance(r, dict)]
-    parts += [getattr(parsed, "partial_rotary_factor", None), getattr(parsed, "rotary_pct", None)]
-    dims = {size} | {int(size * part) for part in parts if part}
-    dims |= {getattr(parsed, "rotary_dim", None) or size}
+    setting = registry.kv_settings(config, code)[0]
+    part = registry.part_of(config, setting.keys[0], code)
+    sizes = registry.head_sizes(part, setting.heads.num_attention_heads)
+    rope = getattr(part, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    shares = [rope.get("partial_rotary_factor")]
+    shares += [r.get("partial_rotary_factor") for r in rope.values() if isinstance(r, dict)]
+    shares += [getattr(part, "partial_rotary_factor", None), getattr(part, "rotary_pct", None)]
+    dims = sizes | {int(size * share) for size in sizes for share in shares if share}
+    dims |= {getattr(part, "rotary_dim", None) or min(sizes)}
     return sorted((n for n in dims if n % 2 == 0), reverse=True)
 
 

@@ -1,15 +1,18 @@
 """Merge one attention block's heads into fewer, as far as its freedom allows."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from uptrain.conversion import align, energy, factorize
-from uptrain.conversion.attention import AttentionHeads
+from uptrain.conversion.attention import AttentionHeads, AttentionNames
 from uptrain.conversion.freedom import Basis, Freedom
 from uptrain.conversion.grouping import Groups, contiguous, search
 from uptrain.conversion.rotary import complex_pairs
+from uptrain.families.layouts import split_heads
+from uptrain.families.schema import Heads
 
 # From so many heads on, pairs of heads stand for groups while the search swaps them.
 _PAIRWISE_FROM = 16
@@ -82,6 +85,32 @@ def merge_heads(
         value,
         key,
     )
+
+
+def merge_norms(
+    state: Mapping[str, Tensor],
+    names: AttentionNames,
+    heads: Heads,
+    groups: Sequence[Sequence[int]],
+) -> dict[str, Tensor]:
+    """Average the gains of norms over all KV heads (olmo2, cohere) within each group.
+
+    Args:
+        state: The layer's tensors by name within the layer.
+        names: From `find_attention`.
+        heads: The head counts of these tensors.
+        groups: Source KV heads of each target head.
+
+    Returns:
+        float64 tensors by name within the layer.
+    """
+    merged = {}
+    for name, layout in names.layouts.items():
+        if name.split(".")[-2] in names.projections:
+            continue
+        (gains,) = split_heads(state[name].double(), layout, heads)[1]
+        merged[name] = torch.stack([gains[list(group)].mean(0) for group in groups]).flatten(0, 1)
+    return merged
 
 
 class Losses:

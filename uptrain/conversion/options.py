@@ -19,6 +19,10 @@ class Options:
 
     method: str
     grouping: str
+    architecture: str
+    """`auto`, `keep`, or the `model_type` that the source is rewritten into."""
+    encoder: bool
+    """Whether the encoder of an encoder-decoder is converted, too."""
     calibration: Path | None
     calibration_tokens: int
     refit: bool
@@ -47,6 +51,8 @@ class Options:
         return {
             "method": self.method,
             "grouping": self.grouping,
+            "architecture": self.architecture,
+            "encoder": self.encoder,
             "seed": self.seed,
             "calibration": calibration,
         }
@@ -56,6 +62,8 @@ def make_options(
     *,
     method: str | None = None,
     grouping: str | None = None,
+    architecture: str = "auto",
+    encoder: bool = False,
     calibration: str | os.PathLike[str] | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
     refit: bool = True,
@@ -97,6 +105,8 @@ def make_options(
     return Options(
         method,
         grouping,
+        architecture,
+        encoder,
         None if calibration is None else Path(calibration),
         calibration_tokens,
         refit,

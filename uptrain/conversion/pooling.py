@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from uptrain.families.layouts import join_heads, split_heads
-from uptrain.families.schema import Heads, HeadTensor
+from uptrain.families.schema import HeadTensor, Layout
 
 POOLS = ("mean", "first", "random")
 
@@ -13,8 +13,6 @@ POOLS = ("mean", "first", "random")
 def pool_tensor(
     weight: torch.Tensor,
     tensor: HeadTensor,
-    heads: Heads,
-    num_key_value_heads: int,
     method: str,
     *,
     seed: int = 0,
@@ -24,9 +22,7 @@ def pool_tensor(
 
     Args:
         weight: The tensor, in its source shape.
-        tensor: Its layout and shapes.
-        heads: The source's head counts.
-        num_key_value_heads: G of the target.
+        tensor: Its layout, shapes and head counts.
         method: One of `POOLS`.
         seed: Seed of `random`.
         std: Standard deviation of `random`.
@@ -34,12 +30,17 @@ def pool_tensor(
     Returns:
         The tensor in its target shape, in the dtype of `weight`.
     """
-    query, key_value = split_heads(weight, tensor.layout, heads)
+    count = tensor.num_key_value_heads
+    if tensor.layout is Layout.MIXED:
+        # What its rows read from the heads of a group, they now read from the one in their place.
+        columns = weight.unflatten(1, (count, tensor.heads.num_key_value_heads // count, -1))
+        weight = columns.sum(2, dtype=working_dtype(weight)).flatten(1).to(weight.dtype)
+    query, key_value = split_heads(weight, tensor.layout, tensor.heads)
     merged = []
     for part, source in enumerate(key_value):
-        pooled = pool_heads(source, num_key_value_heads, "first" if method == "first" else "mean")
+        pooled = pool_heads(source, count, "first" if method == "first" else "mean")
         # Norms over heads keep their mean: there is no sense in a random gain.
-        is_norm = "norm" in tensor.name.split(".")[-2]
+        is_norm = tensor.layout is Layout.LISTED or "norm" in tensor.name.split(".")[-2]
         if method == "random" and len(pooled) < len(source) and not is_norm:
             scale = 0.0 if tensor.name.endswith("bias") else std
             pooled = random_heads(pooled, f"{tensor.name}:{part}", seed, scale)
@@ -66,9 +67,14 @@ def pool_heads(heads: torch.Tensor, num_key_value_heads: int, method: str) -> to
     grouped: torch.Tensor = heads.unflatten(0, (num_key_value_heads, -1))
     if method == "first" or grouped.shape[1] == 1:
         return grouped[:, 0].contiguous()
-    working = torch.float64 if heads.dtype.itemsize >= 4 else torch.float32
+    working = working_dtype(heads)
     # Group by group: the wide copy is then no larger than one group.
     return torch.stack([group.to(working).mean(0).to(heads.dtype) for group in grouped])
+
+
+def working_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Give the dtype to take sums in: float64 for 32-bit and wider weights, else float32."""
+    return torch.float64 if tensor.dtype.itemsize >= 4 else torch.float32
 
 
 def random_heads(like: torch.Tensor, name: str, seed: int, std: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ from uptrain.conversion.attention import AttentionNames
 from uptrain.conversion.fit import Fit, Loss, Run, fit_layer, relative_error
 from uptrain.conversion.refit import Refit, refit_projection
 from uptrain.conversion.residual import ResidualStreams
+from uptrain.errors import UnsupportedFamilyError
 from uptrain.progress import Advance
 
 # Step sizes are parts of a tensor's root mean square, so that one setting suits all models.
@@ -194,6 +195,11 @@ def run_attention(layer: nn.Module, names: AttentionNames, run: Run) -> Run:
     def until_attention(hidden: Tensor) -> Tensor:
         with _attention_output(layer, names, stop=True) as outputs, suppress(_Reached):
             run(hidden)
+        if outputs[0].shape != hidden.shape:
+            raise UnsupportedFamilyError(
+                f"{names.module} gives {outputs[0].shape[-1]} channels of the {hidden.shape[-1]} that its layers "
+                "pass on, so they cannot be fitted one by one; use --method mean without --calibration"
+            )
         return hidden + outputs[0]
 
     return until_attention
@@ -262,9 +268,11 @@ def refit_output(
             attention are in the original.
     """
     projection = layer.get_submodule(f"{names.module}.{names.output}")
-    assert isinstance(projection, nn.Linear)
-    device = projection.weight.device
-    size, outputs = projection.in_features, projection.out_features
+    weight = projection.weight.mT if names.transposed else projection.weight
+    assert isinstance(weight, Tensor)
+    assert projection.bias is None or isinstance(projection.bias, Tensor)
+    device = weight.device
+    outputs, size = weight.shape
     gram = torch.zeros(size, size, dtype=torch.float64, device=device)
     cross = torch.zeros(size, outputs, dtype=torch.float64, device=device)
     energy = torch.zeros((), dtype=torch.float64, device=device)
@@ -285,6 +293,6 @@ def refit_output(
             energy += target.square().sum()
     finally:
         handle.remove()
-    refit = refit_projection(projection.weight, gram, cross, float(energy))
-    projection.weight.copy_(refit.weight)
+    refit = refit_projection(weight, gram, cross, float(energy))
+    weight.copy_(refit.weight)
     return refit

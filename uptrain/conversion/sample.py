@@ -3,6 +3,7 @@
 import heapq
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.conversion.options import Options
-from uptrain.data import read_documents
+from uptrain.data import open_source
 from uptrain.data.encoding import encode_documents
 from uptrain.errors import DataError
 from uptrain.families.registry import parse_config
@@ -77,13 +78,11 @@ def draw_blocks(
     enough = int(1.25 * size * wanted)
     kept: list[tuple[float, str]] = []
     characters = 0
-    for document in read_documents(path, tokenizer):
-        for start in range(0, max(1, len(document)), size):
-            passage = document[start : start + size]
-            heapq.heappush(kept, (-draw.random(), passage))
-            characters += len(passage)
-            while characters - len(kept[0][1]) >= enough:
-                characters -= len(heapq.heappop(kept)[1])
+    for passage in _passages(path, tokenizer, size):
+        heapq.heappush(kept, (-draw.random(), passage))
+        characters += len(passage)
+        while characters - len(kept[0][1]) >= enough:
+            characters -= len(heapq.heappop(kept)[1])
     passages = [passage for _, passage in sorted(kept, reverse=True)]
     blocks: list[np.ndarray[Any, Any]] = []
     short: list[np.ndarray[Any, Any]] = []
@@ -120,3 +119,20 @@ def draw_blocks(
             "tokenizer and weights do not belong together"
         )
     return drawn
+
+
+def _passages(path: Path, tokenizer: Any, size: int) -> Iterator[str]:
+    """Cut documents into passages of `size` characters, the last of each shorter."""
+    text, is_first = "", True
+    for fragment in open_source(path).read(tokenizer):
+        text += fragment.text
+        start = 0
+        while len(text) - start > size:
+            yield text[start : start + size]
+            start += size
+            is_first = False
+        text = text[start:]
+        if fragment.is_last:
+            if text or is_first:
+                yield text
+            text, is_first = "", True

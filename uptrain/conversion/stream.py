@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from uptrain.checkpoint.reader import Checkpoint
-from uptrain.errors import CheckpointError, UnsupportedFamilyError
+from uptrain.errors import CheckpointError, UnsupportedFamilyError, one_line
 from uptrain.families import meta
 
 
@@ -187,6 +187,11 @@ class LayerStream:
             with torch.no_grad():
                 self._learn_return(tokens)
                 self._forward(tokens, record)
+                if not all(recorded):
+                    raise UnsupportedFamilyError(
+                        f"{self._checkpoint.name}: text alone does not reach all its layers, so they cannot be run "
+                        "one by one; use --method mean without --calibration"
+                    )
                 if not self._arguments:
                     first, recorded = recorded, [{} for _ in self._layers]
                     self._forward(tokens + 1, record)
@@ -233,6 +238,11 @@ class LayerStream:
             return self._model(input_ids=tokens.to(self.device), use_cache=False)
         except _Stop:
             return None
+        except ValueError as error:  # what transformers raises if an input is missing
+            raise UnsupportedFamilyError(
+                f"{self._checkpoint.name}: cannot be run on text alone ({one_line(error)}); use --method mean "
+                "without --calibration"
+            ) from error
         finally:
             for layer in self._layers:
                 del layer.forward

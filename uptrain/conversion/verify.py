@@ -14,6 +14,7 @@ from uptrain.checkpoint.reader import (
     MODEL_CARD,
     RECORD,
     Checkpoint,
+    file_chunks,
     open_checkpoint,
     read_json,
     tensor_chunks,
@@ -22,6 +23,7 @@ from uptrain.conversion.convert import pooled_tensor
 from uptrain.conversion.options import METHODS
 from uptrain.conversion.plan import Plan, plan_conversion
 from uptrain.conversion.pooling import POOLS
+from uptrain.conversion.rewritten import RewrittenCheckpoint, as_architecture
 from uptrain.errors import CheckpointError, UnsupportedFamilyError
 from uptrain.families import meta, registry
 from uptrain.progress import progress
@@ -74,6 +76,7 @@ def verify(
         and type(record.get("seed")) is int
         and isinstance(record.get("layers"), list)
         and isinstance(record.get("changed"), list)
+        and _is_rewrite(record.get("rewrite"))
     ):
         raise CheckpointError(f"{folder / RECORD}: {_DAMAGED}")
 
@@ -81,10 +84,20 @@ def verify(
     _check_shapes(checkpoint, heads, code, checks, problems)
     if source is not None:
         original = open_checkpoint(source)
-        plan = plan_conversion(original, heads, original.folder if code else None)
+        own_code = original.folder if code else None
+        rewrite = record.get("rewrite")
+        architecture = rewrite["target"] if rewrite else "keep"
+        original = as_architecture(original, architecture, heads, own_code)
+        plan = plan_conversion(
+            original, heads, own_code, encoder=bool(record.get("encoder", False))
+        )
         _compare_files(plan, checkpoint, checks, problems)
         _compare_tensors(plan, checkpoint, record, checks, problems)
     return {"target": str(target), "checks": checks, "problems": problems}
+
+
+def _is_rewrite(content: Any) -> bool:
+    return content is None or (isinstance(content, dict) and isinstance(content.get("target"), str))
 
 
 def _check_files(
@@ -143,20 +156,22 @@ def _check_shapes(
 
 
 def _compare_files(plan: Plan, target: Checkpoint, checks: list[str], problems: list[str]) -> None:
+    whose = f"{_source(plan)}'s"
     if json.dumps(plan.config) != json.dumps(target.config):
-        problems.append(f"{CONFIG} differs from the source's in more than the number of KV heads")
+        problems.append(f"{CONFIG} differs from the {whose} in more than the number of KV heads")
     else:
-        checks.append(f"{CONFIG} differs from the source's only in the number of KV heads")
+        checks.append(f"{CONFIG} differs from the {whose} only in the number of KV heads")
     before = len(problems)
     found = {target.companion_name(path): path for path in target.companions}
-    for path in plan.checkpoint.companions:
-        name = plan.checkpoint.companion_name(path)
+    count = 0
+    for name, chunks in plan.checkpoint.companion_files():
+        count += 1
         if name not in found:
             problems.append(f"{name} of the source is missing")
-        elif found[name].read_bytes() != path.read_bytes():
-            problems.append(f"{name} differs from the source's")
+        elif not _equal(file_chunks(found[name]), chunks):
+            problems.append(f"{name} differs from the {whose}")
     if len(problems) == before:
-        checks.append(f"{len(plan.checkpoint.companions)} companion files equal the source's")
+        checks.append(f"{count} companion files equal the {whose}")
 
 
 def _compare_tensors(
@@ -201,13 +216,18 @@ def _compare_tensors(
                 problems.append(f"{name} is not what {record['method']} makes of the source")
     if len(problems) == before:
         same = len(common) - len(pooled) - len(changed)
-        checks.append(f"{same} tensors equal the source's byte for byte")
+        checks.append(f"{same} tensors equal the {_source(plan)}'s byte for byte")
         if pooled:
-            checks.append(f"{len(pooled)} tensors equal the source's merged heads")
+            checks.append(f"{len(pooled)} tensors equal the {_source(plan)}'s merged heads")
         if changed:
             checks.append(
                 f"{len(changed)} tensors were fitted to text or to each other and have the right shape"
             )
+
+
+def _source(plan: Plan) -> str:
+    is_rewritten = isinstance(plan.checkpoint, RewrittenCheckpoint)
+    return "rewritten source" if is_rewritten else "source"
 
 
 def _equal(left: Iterator[memoryview], right: Iterator[memoryview]) -> bool:

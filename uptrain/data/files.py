@@ -13,6 +13,7 @@ from uptrain.data.source import Documents, Fragment, Source, to_text, unreadable
 from uptrain.errors import DataError, one_line
 
 _READ_BYTES = 2**20
+_MAX_LINE_BYTES = 2**28  # a line is held in memory, a plain text is not
 _BYTE_ORDER_MARK = "\ufeff"  # some editors put it at the start of a file; it is no text
 
 
@@ -44,6 +45,12 @@ def _read_text(path: Path) -> Iterator[Fragment]:
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
                 raise _not_utf8(path, line, error.object[error.start]) from error
+            if "\0" in text:
+                line += text.count("\n", 0, text.index("\0"))
+                raise DataError(
+                    f"{path}: line {line} holds a NUL, which no text does; it is damaged, or in "
+                    "another encoding: convert the file to UTF-8"
+                )
             line += text.count("\n")
             text = text if before else text.removeprefix(_BYTE_ORDER_MARK)
             yield Fragment(text, is_last, position() - before)
@@ -53,7 +60,13 @@ def _read_text(path: Path) -> Iterator[Fragment]:
 def _read_lines(path: Path, source: Source, tokenizer: Any) -> Iterator[Fragment]:
     before = 0
     with _open(path) as (file, position):
-        for number, line in enumerate(file, 1):
+        lines = iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if len(line) > _MAX_LINE_BYTES:
+                raise DataError(
+                    f"{path}: line {number} is longer than {_MAX_LINE_BYTES / 2**20:g} MiB; "
+                    "expected one document on every line, cut it"
+                )
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:

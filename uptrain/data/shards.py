@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from uptrain.checkpoint.reader import read_json
-from uptrain.checkpoint.writer import replace_file, staged_folder, write_json
+from uptrain.checkpoint.staging import replace_file, staged_folder, write_json
 from uptrain.data import Documents, Source, open_source
 from uptrain.data.tokenise import STARTS, tokenizer_digest, write_shards
 from uptrain.errors import CheckpointError, DataError
@@ -158,7 +158,8 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the next run removes it
+                path.unlink()
             os.close(lock)
 
 
@@ -181,7 +182,8 @@ def _find_change(folder: Path, opened: Sequence[Documents], tokenizer: Any) -> s
     """Say what differs between the shards in `folder` and what is wanted; None if nothing does."""
     if not (folder / MANIFEST).is_file():
         # Only what a removal that was cut short leaves behind may be removed further.
-        if any(path.suffix != ".bin" and path.name != _SEEN for path in folder.iterdir()):
+        ours = (_SEEN, f".{_SEEN}.partial")
+        if any(path.suffix != ".bin" and path.name not in ours for path in folder.iterdir()):
             raise DataError(f"{folder}: holds no token shards but other files; move it away")
         return "the folder is incomplete"
     try:
@@ -208,7 +210,7 @@ def _find_change(folder: Path, opened: Sequence[Documents], tokenizer: Any) -> s
         if not _is_same([folder / Path(name).name], digest, seen):
             return f"{name} is damaged"
     if seen != before:
-        with suppress(OSError):  # the folder may be somebody else's
+        with suppress(CheckpointError):  # the folder may be somebody else's
             replace_file(folder / _SEEN, json.dumps(seen).encode())
     return None
 
@@ -258,8 +260,11 @@ def _describe(documents: Documents) -> dict[str, Any]:
 
 
 def _discard(folder: Path) -> None:
-    (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    try:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be removed ({error.strerror}); remove it") from error
 
 
 def _make(

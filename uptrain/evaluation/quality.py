@@ -1,23 +1,26 @@
 """How well a model predicts a text, and how far it is from the model it was made of."""
 
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
-from uptrain.data import read_documents
-from uptrain.data.encoding import encode_documents
 from uptrain.errors import CheckpointError, DataError, UnsupportedFamilyError, UptrainError
-from uptrain.evaluation.scoring import Scores, score
+from uptrain.evaluation.blocks import read_blocks
+from uptrain.evaluation.continuations import continue_prompts
+from uptrain.evaluation.copying import measure_copying
+from uptrain.evaluation.decode import measure_decode
+from uptrain.evaluation.scoring import rows_at_once
+from uptrain.evaluation.tally import Tally, tally_text
+from uptrain.evaluation.tasks import check_tasks, run_tasks
 from uptrain.families.head_tensors import kv_cache_bytes_per_token
-from uptrain.families.registry import read_heads
+from uptrain.families.registry import checkpoint_dtype, read_heads
 from uptrain.loading import (
     context_length,
     has_tokenizer,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 EVALUATION = "evaluation.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _DEFAULT_MAX_SEQUENCE_LENGTH = 2048
 
@@ -43,6 +47,15 @@ def evaluate(
     reference: str | os.PathLike[str] | None = None,
     max_tokens: int | None = None,
     sequence_length: int | None = None,
+    dtype: str = "auto",
+    long_context: bool = False,
+    copying: bool = False,
+    continuations: bool = False,
+    tasks: Sequence[str] = (),
+    tasks_folder: str | os.PathLike[str] | None = None,
+    decode: bool = False,
+    decode_batches: Sequence[int | Literal["max"]] | None = None,
+    decode_contexts: Sequence[int] | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     output: str | os.PathLike[str] | None = None,
@@ -51,8 +64,8 @@ def evaluate(
 
     Each document is preceded by the tokenizer's bos token (else eos, else nothing), all are
     concatenated and cut in blocks of `sequence_length` inputs, the last short one dropped; every
-    token is predicted once. Arithmetic is float32 on a CPU; elsewhere the forward pass runs in the
-    checkpoint's own dtype and what follows the logits in float32. Sums are float64.
+    token is predicted once. What follows the logits is float32, sums are float64. The text is read
+    as it is needed; memory grows with the number of documents only.
 
     Args:
         model: A checkpoint folder or a hub id. Its tokenizer is the one used.
@@ -61,95 +74,135 @@ def evaluate(
         reference: A checkpoint with the same tokenizer, usually the one that `model` was made of.
         max_tokens: Predict at most so many tokens, in whole blocks; the whole text if not given.
         sequence_length: Inputs of a block; the model's context, at most 2048, if not given.
+        dtype: Of weights and arithmetic: `float32` (without TF32 in matrix products), `bfloat16`, or `auto`: float32 on
+            a CPU, the checkpoint's own elsewhere.
+        long_context: Measure the loss by position once more, in blocks of the whole context.
+        copying: Measure the loss on repeated random spans; see `measure_copying`.
+        continuations: Let the models continue five prompts; see `continue_prompts`.
+        tasks: Tasks of the lm-evaluation-harness.
+        tasks_folder: A folder of more tasks.
+        decode: Measure prefill and decode speed; on a GPU in the checkpoint's own dtype.
+        decode_batches: See `measure_decode`.
+        decode_contexts: See `measure_decode`.
         device: `cpu`, `cuda`, …; a GPU where there is one if not given.
         trust_remote_code: Run the code that a checkpoint brings along.
         output: A folder to leave the result in, as `evaluation.json`.
 
     Returns:
         `loss` (nats a token), `perplexity`, `bits_per_byte` (UTF-8 bytes of the text), `tokens`
-        (predicted), `parameters` (tied ones once), `num_key_value_heads`,
+        (predicted), `documents`, `parameters` (tied ones once), `num_key_value_heads`,
         `kv_cache_bytes_per_token` (in the checkpoint's dtype), and how it was measured. With a
-        reference also `reference_loss`, `reference_parameters`, `loss_increase`, `kl`
-        (KL(reference ‖ model), nats a token) and `top1_agreement` (fraction of tokens).
+        reference also `loss_increase`, `kl` (KL(reference ‖ model), nats a token), `top1_agreement`
+        (fraction of tokens), and what is known of it as `reference_…`. From five documents on
+        `intervals` (95%, by bootstrap over documents) and `loss_increase_p` (paired). `by_position`
+        and `by_document` as `Tally` gives them. `long_context`, `copying`, `continuations`, `tasks`,
+        `decode` and `decode_conditions` if asked for.
 
     Raises:
         CheckpointError: If a checkpoint cannot be read or loaded whole, or the reference has
             another vocabulary.
         UnsupportedFamilyError: If transformers does not know an architecture.
         DataError: If the text cannot be read, or is shorter than one block.
-        UptrainError: If there is no such device, the loss is not finite, or `output` cannot be
-            written.
+        UptrainError: If there is no such device, the loss is not finite, an extra is not installed,
+            or `output` cannot be written.
     """
     place = pick_device(device)
+    manager = check_tasks(tasks, tasks_folder) if tasks else None
     checkpoint = open_checkpoint(model)
     config = load_config(checkpoint, trust_remote_code)
     length = _block_length(checkpoint, config, sequence_length, max_tokens)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code)
-    other = None
+    other, context = None, context_length(config)
     if reference is not None:
         other = open_checkpoint(reference)
         other_config = load_config(other, trust_remote_code)
         check_same_vocabulary(checkpoint, config, other, other_config, trust_remote_code)
         _block_length(other, other_config, length, max_tokens)
-    tokens, byte_counts = read_tokens(Path(data), tokenizer, length, max_tokens)
-    vocabulary = vocabulary_size(config)
-    if vocabulary is not None and tokens.max() >= vocabulary:
-        raise CheckpointError(
-            f"{checkpoint.folder}: its tokenizer gives token {tokens.max()}, its vocabulary has "
-            f"{vocabulary}; take the tokenizer files of the original checkpoint"
-        )
+        known = [each for each in (context, context_length(other_config)) if each is not None]
+        context = min(known, default=None)
+    own_dtype = checkpoint_dtype(checkpoint.config)
+    chosen = _pick_dtype(dtype, place)
+    rows = rows_at_once(config, chosen or own_dtype, length, place.type)
+    # The text is opened before the models are loaded: a wrong path should not take minutes.
+    blocks = read_blocks(Path(data), tokenizer, length, max_tokens, rows)
+    blocks = chain([next(blocks)], blocks)
 
-    dtype = torch.float32 if place.type == "cpu" else None
-    scored = load_model(checkpoint, place, config, dtype, trust_remote_code)
+    scored = load_model(checkpoint, place, config, chosen, trust_remote_code)
     names, described = {"model": checkpoint.name}, _describe(checkpoint, scored, trust_remote_code)
     referee = None
     if other is not None:
-        referee = load_model(other, place, other_config, dtype, trust_remote_code)
+        referee = load_model(other, place, other_config, chosen, trust_remote_code)
         names["reference"] = other.name
         of_reference = _describe(other, referee, trust_remote_code)
         described |= {f"reference_{key}": value for key, value in of_reference.items()}
-    scores = score(scored, tokens, length, referee)
-    result = {
-        **names,
-        **summarize(scores, int(byte_counts.sum())),
-        **described,
-        "data": Path(data).name,
-        "sequence_length": length,
-        "device": place.type,
-        "dtype": str(scored.dtype).removeprefix("torch."),
-    }
+    models = {"target": scored} | ({} if referee is None else {"reference": referee})
+    result: dict[str, Any] = dict(names)
+    with _exact_float32():
+        tally = tally_text(scored, referee, Path(data), blocks, length, max_tokens)
+        result |= tally.summary() | described
+        result |= {
+            "data": Path(data).name,
+            "sequence_length": length,
+            "device": place.type,
+            "dtype": str(scored.dtype).removeprefix("torch."),
+            "by_position": tally.by_position(),
+            "by_document": tally.by_document(),
+        }
+        limit = context or _DEFAULT_MAX_SEQUENCE_LENGTH
+        if long_context:
+            whole = tally
+            if limit > length:
+                most = None if max_tokens is None else max(max_tokens, limit)
+                rows = rows_at_once(config, scored.dtype, limit, place.type)
+                blocks = read_blocks(Path(data), tokenizer, limit, most, rows)
+                whole = tally_text(scored, referee, Path(data), blocks, limit, most)
+            result["long_context"] = _describe_long(whole, limit)
+        if copying:
+            result["copying"] = measure_copying(scored, tokenizer, Path(data), limit, referee)
+        if continuations:
+            result["continuations"] = continue_prompts(models, tokenizer, Path(data), limit)
+        if manager is not None:
+            result["tasks"] = run_tasks(models, tokenizer, tasks, manager)
+    if decode:
+        if place.type != "cpu":  # what is served is not what is measured exactly
+            for each in models.values():
+                each.to(own_dtype)
+        result["decode"], result["decode_conditions"] = measure_decode(
+            models, decode_batches, decode_contexts
+        )
     if output is not None:
         _write(Path(output), result)
     return result
 
 
-def summarize(scores: Scores, text_bytes: int) -> dict[str, Any]:
-    """Turn scores of single tokens into the figures of `evaluate`.
-
-    Args:
-        scores: Of every predicted token.
-        text_bytes: UTF-8 bytes of the text that the predicted tokens stand for.
-    """
-    loss = _mean(scores.loss)
-    result: dict[str, Any] = {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # a float holds little more
-        "bits_per_byte": loss * scores.loss.size / math.log(2) / text_bytes,
-        "tokens": scores.loss.size,
+def _describe_long(tally: Tally, length: int) -> dict[str, Any]:
+    found = tally.summary()
+    kept = ("loss", "reference_loss", "loss_increase", "kl", "tokens")
+    return {
+        "sequence_length": length,
+        **{key: found[key] for key in kept if key in found},
+        "by_position": tally.by_position(),
     }
-    if scores.reference_loss is not None and scores.kl is not None and scores.agrees is not None:
-        reference_loss = _mean(scores.reference_loss)
-        result |= {
-            "reference_loss": reference_loss,
-            "loss_increase": loss - reference_loss,
-            "kl": _mean(scores.kl),
-            "top1_agreement": _mean(scores.agrees),
-        }
-    return result
 
 
-def _mean(values: npt.NDArray[Any]) -> float:
-    return float(values.mean(dtype=np.float64))
+def _pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Say what to load checkpoints in; None for their own dtype."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    if name not in DTYPES:
+        raise UptrainError(f"dtype={name}: expected auto, {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Let float32 be float32 on a GPU as well: TF32 rounds the factors of a product to 10 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _block_length(
@@ -217,37 +270,6 @@ def check_same_vocabulary(
 def _same_file(checkpoint: Checkpoint, other: Checkpoint, name: str) -> bool:
     paths = checkpoint.folder / name, other.folder / name
     return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
-
-
-def read_tokens(
-    path: Path, tokenizer: Any, length: int, max_tokens: int | None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Read as many whole blocks as there are, or as are wanted.
-
-    Returns:
-        The tokens [blocks * length + 1], and the text bytes of each but the first.
-    """
-    wanted = None if max_tokens is None else max_tokens // length * length + 1
-    tokens: list[npt.NDArray[np.int64]] = []
-    byte_counts: list[npt.NDArray[np.int64]] = []
-    found, text_bytes = 0, 0
-    for document in encode_documents(read_documents(path, tokenizer), tokenizer):
-        tokens.append(document.tokens)
-        byte_counts.append(document.byte_counts)
-        found += len(document.tokens)
-        text_bytes += int(document.byte_counts.sum())
-        if wanted is not None and found >= wanted:
-            break
-    if not text_bytes:
-        raise DataError(f"{path}: its text has no token; expected text to predict")
-    if found <= length:
-        raise DataError(
-            f"{path}: has {found} tokens, expected at least {length + 1} to fill one block; "
-            f"give more text, or choose a --sequence-length below {found}"
-        )
-    end = (found - 1) // length * length + 1
-    end = end if wanted is None else min(end, wanted)
-    return np.concatenate(tokens)[:end], np.concatenate(byte_counts)[1:end]
 
 
 def _describe(

@@ -1,24 +1,26 @@
-"""What a model makes of every token of a stream, alone or beside a reference."""
+"""What a model makes of every token of some blocks, alone or beside a reference."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from uptrain.errors import CheckpointError, UptrainError
+from uptrain.evaluation.blocks import Ids
 from uptrain.loading import vocabulary_size
-from uptrain.progress import progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Logits of one forward pass: more rows at once are not faster beyond this.
 _LOGIT_BYTES = {"cpu": 128 * 2**20, "cuda": 2 * 2**30}
 _BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 # Log-probabilities are made for so many bytes at a time: on a CPU they should stay in its cache.
 _CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+# A single block with more logits than this goes through the model in parts, by its cache.
+_WHOLE_BLOCK_BYTES = 4 * 2**30
 
 _FINITE = ("loss of the model", "loss of the reference", "KL divergence")
 
@@ -37,50 +39,73 @@ class Scores:
     """Whether both models find the same token most likely."""
 
 
+@torch.inference_mode()
 def score(
     model: "PreTrainedModel",
-    tokens: npt.NDArray[np.int64],
-    length: int,
+    inputs: Ids,
+    labels: Ids,
     reference: "PreTrainedModel | None" = None,
+    first_block: int = 0,
 ) -> Scores:
-    """Let a model predict every token of a stream but the first, block after block.
+    """Let a model predict the tokens of some blocks, each on its own.
 
     Args:
         model: A causal language model in eval mode.
-        tokens: [blocks * length + 1]; block i feeds [i * length, (i + 1) * length) and predicts the
-            token behind each.
-        length: Inputs of a block.
+        inputs: [blocks, length]; all of them go through the model at once.
+        labels: [blocks, length], the token behind each input.
         reference: Another model with the same vocabulary, on the same device.
+        first_block: Number of the first of these blocks, for messages.
 
     Raises:
-        UptrainError: If a loss is not finite, or the two models have unlike logits.
+        UptrainError: If a loss is not finite.
+        CheckpointError: If the two models have unlike logits.
     """
-    blocks = (len(tokens) - 1) // length
+    rows, length = inputs.shape
     device = model.device
-    inputs = torch.from_numpy(tokens[:-1].reshape(blocks, length))
-    labels = torch.from_numpy(tokens[1:].reshape(blocks, length))
-    batch = _batch_blocks(model, length, device.type)
+    at_once = length
+    if _block_bytes(model.config, model.dtype, length) > _WHOLE_BLOCK_BYTES:
+        at_once = max(1, _LOGIT_BYTES["cuda"] // _block_bytes(model.config, model.dtype, 1))
+    models = [model] if reference is None else [model, reference]
+    states: list[dict[str, Any]] = [{"use_cache": at_once < length} for _ in models]
     parts: list[list[torch.Tensor]] = []
-    total = 0.0
-    with torch.inference_mode(), progress("evaluate", blocks * length, "tokens") as advance:
-        for start in range(0, blocks, batch):
-            rows = inputs[start : start + batch].to(device)
-            models = [model] if reference is None else [model, reference]
-            logits = [m(input_ids=rows, use_cache=False).logits.flatten(0, 1) for m in models]
-            if len({each.shape for each in logits}) > 1:
-                raise CheckpointError(
-                    f"the model gives {logits[0].shape[-1]} logits a token, the reference "
-                    f"{logits[1].shape[-1]}; expected one vocabulary"
-                )
-            part = _score_tokens(logits, labels[start : start + batch].flatten().to(device))
-            part = [values.reshape(-1, length).cpu() for values in part]
-            for values, what in zip(part, _FINITE, strict=False):
-                _check_finite(values, what, start)
-            parts.append(part)
-            total += float(part[0].sum(dtype=torch.float64))
-            done = (start + len(rows)) * length
-            advance(rows.numel(), f"loss {total / done:.4f}")
-    return Scores(*(torch.cat(values).numpy() for values in zip(*parts, strict=True)))
+    for start in range(0, length, at_once):
+        given = torch.from_numpy(inputs[:, start : start + at_once]).to(device)
+        wanted = torch.from_numpy(labels[:, start : start + at_once]).to(device)
+        logits = []
+        for each, state in zip(models, states, strict=True):
+            out = each(input_ids=given, **state)
+            if at_once < length:
+                state["past_key_values"] = out.past_key_values
+            logits.append(out.logits.flatten(0, 1))
+        if len({each.shape for each in logits}) > 1:
+            raise CheckpointError(
+                f"the model gives {logits[0].shape[-1]} logits a token, the reference "
+                f"{logits[1].shape[-1]}; expected one vocabulary"
+            )
+        part = _score_tokens(logits, wanted.flatten())
+        parts.append([values.reshape(rows, -1).cpu() for values in part])
+    scores = [torch.cat(values, dim=1) for values in zip(*parts, strict=True)]
+    for values, what in zip(scores, _FINITE, strict=False):
+        _check_finite(values, what, first_block)
+    return Scores(*(values.numpy() for values in scores))
+
+
+def rows_at_once(config: "PretrainedConfig", dtype: torch.dtype, length: int, device: str) -> int:
+    """Say how many blocks to let through a model at once.
+
+    Args:
+        config: The model's.
+        dtype: Of its logits.
+        length: Inputs of a block.
+        device: Type of the device that it is on.
+    """
+    kind = _kind(device)
+    by_logits = _LOGIT_BYTES[kind] // _block_bytes(config, dtype, length)
+    return max(1, min(by_logits, _BATCH_TOKENS[kind] // length))
+
+
+def _block_bytes(config: "PretrainedConfig", dtype: torch.dtype, length: int) -> int:
+    return length * (vocabulary_size(config) or 2**17) * dtype.itemsize
 
 
 def _score_tokens(logits: list[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
@@ -115,15 +140,8 @@ def _check_finite(values: torch.Tensor, what: str, first_block: int) -> None:
         raise UptrainError(
             f"the {what} is {float(values[block, position])} at token {position} of block "
             f"{first_block + block}, expected a finite number; the weights are damaged, or their "
-            "dtype overflows (then evaluate on --device cpu)"
+            "dtype overflows (then evaluate with --dtype float32)"
         )
-
-
-def _batch_blocks(model: "PreTrainedModel", length: int, device: str) -> int:
-    vocabulary = vocabulary_size(model.config) or 2**17
-    row_bytes: int = length * vocabulary * model.dtype.itemsize
-    kind = _kind(device)
-    return max(1, min(_LOGIT_BYTES[kind] // row_bytes, _BATCH_TOKENS[kind] // length))
 
 
 def _kind(device: str) -> str:

@@ -21,7 +21,9 @@ def split_heads(
     """
     H, K = heads.num_attention_heads, heads.num_key_value_heads
     tail = tensor.shape[1:]
-    if layout is Layout.SEPARATE:
+    if layout is Layout.COLUMNS:
+        return split_heads(tensor.movedim(-1, 0), Layout.CONCATENATED, heads)
+    if layout not in (Layout.CONCATENATED, Layout.GROUPED):
         return None, [tensor.reshape(K, tensor.shape[0] // K, *tail)]
     d = tensor.shape[0] // (H + 2 * K)
     if layout is Layout.CONCATENATED:
@@ -44,7 +46,9 @@ def join_heads(
     Returns:
         [rows, ...].
     """
-    if layout is Layout.SEPARATE:
+    if layout is Layout.COLUMNS:
+        return join_heads(query, key_value, Layout.CONCATENATED).movedim(0, -1).contiguous()
+    if layout not in (Layout.CONCATENATED, Layout.GROUPED):
         return key_value[0].flatten(0, 1)
     assert query is not None
     key, value = key_value

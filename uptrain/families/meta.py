@@ -2,17 +2,33 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+)
 
 from uptrain.errors import CheckpointError, one_line
+from uptrain.families import carried
 from uptrain.families.registry import parse_config, quiet
+
+_AUTO = (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoModel,
+)
 
 
 def build_on_meta(config: Mapping[str, Any], code: Path | None = None) -> Any:
@@ -24,8 +40,8 @@ def build_on_meta(config: Mapping[str, Any], code: Path | None = None) -> Any:
     parsed = copy.deepcopy(parse_config(config, code))  # model classes write into it
     try:
         with quiet(), torch.device("meta"):
-            cls = model_class(config)
-            if cls is AutoModelForCausalLM:
+            cls = model_class(config, parsed)
+            if cls in _AUTO:
                 return cls.from_config(parsed, trust_remote_code=code is not None)
             return cls._from_config(parsed)
     except Exception as error:  # model classes fail in their own ways
@@ -35,12 +51,17 @@ def build_on_meta(config: Mapping[str, Any], code: Path | None = None) -> Any:
         ) from error
 
 
-def model_class(config: Mapping[str, Any]) -> Any:
-    """Find the transformers class that a config's `architectures` names, else the causal one."""
+def model_class(config: Mapping[str, Any], parsed: Any) -> Any:
+    """Find the transformers class that a config's `architectures` names, else the one that generates."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else ""
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    return cls if hasattr(cls, "from_pretrained") else AutoModelForCausalLM
+    cls = None
+    if isinstance(name, str):
+        cls = getattr(transformers, name, None) or carried.find_class(name)
+    if hasattr(cls, "from_pretrained"):
+        return cls
+    known = (auto for auto in _AUTO if type(parsed) in auto._model_mapping)
+    return next(known, AutoModelForCausalLM)
 
 
 def tensor_shapes(
@@ -54,13 +75,32 @@ def tensor_shapes(
     Raises:
         CheckpointError: If transformers cannot build a model from the config.
     """
-    return _tensor_shapes(json.dumps(config), code)
+    return _tensors(json.dumps(config), code)[0]
+
+
+def tied_tensors(config: Mapping[str, Any], code: Path | None = None) -> Mapping[str, str]:
+    """Map each tensor that several names share to the first of its names, itself included.
+
+    Args:
+        config: The content of `config.json`.
+        code: The checkpoint's folder if its own Python code may be executed.
+
+    Raises:
+        CheckpointError: If transformers cannot build a model from the config.
+    """
+    return _tensors(json.dumps(config), code)[1]
 
 
 @lru_cache(maxsize=16)
-def _tensor_shapes(config_json: str, code: Path | None) -> Mapping[str, tuple[int, ...]]:
-    model = build_on_meta(json.loads(config_json), code)
-    return {name: tuple(tensor.shape) for name, tensor in _names_as_saved(model).items()}
+def _tensors(
+    config_json: str, code: Path | None
+) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, str]]:
+    saved = _names_as_saved(build_on_meta(json.loads(config_json), code))
+    names: dict[int, list[str]] = {}
+    for name, tensor in saved.items():
+        names.setdefault(id(tensor), []).append(name)
+    tied = {name: group[0] for group in names.values() if len(group) > 1 for name in group}
+    return {name: tuple(tensor.shape) for name, tensor in saved.items()}, tied
 
 
 def names_in_memory(model: Any, disk_names: Iterable[str]) -> dict[str, str]:
@@ -77,6 +117,65 @@ def names_in_memory(model: Any, disk_names: Iterable[str]) -> dict[str, str]:
         if name in expected:
             found[disk] = name
     return found
+
+
+def names_on_disk(
+    needed: list[str],
+    config: Mapping[str, Any],
+    disk_names: Collection[str],
+    code: Path | None = None,
+) -> dict[str, str]:
+    """Find tensors in a checkpoint's files, in which older versions may have other names.
+
+    They are found by name, by the name that transformers loads them under, or by their place in a
+    stack of layers. One that shares its weights with another may be absent, and is left out then.
+
+    Args:
+        needed: Names as in `tensor_shapes`.
+        config: The content of `config.json`.
+        disk_names: All names of the files.
+        code: The checkpoint's folder if its own Python code may be executed.
+
+    Raises:
+        CheckpointError: If one is not there, or several could be it.
+    """
+    found = {name: name for name in needed if name in disk_names}
+    if len(found) == len(needed):
+        return found
+    loaded = names_in_memory(build_on_meta(config, code), [*needed, *disk_names])
+    _match(found, [name for name in needed if name in loaded], disk_names, loaded.get)
+    tied = tied_tensors(config, code)
+    there = {tied[name] for name in found if name in tied}
+    alone = [name for name in needed if tied.get(name) not in there]
+    _match(found, alone, disk_names, _tail)
+    for name in alone:
+        if name not in found:
+            raise CheckpointError(
+                f"the checkpoint lacks tensor {name}, which its config.json asks for; config and weights "
+                "do not belong together"
+            )
+    return found
+
+
+def _match(
+    found: dict[str, str],
+    needed: Collection[str],
+    disk_names: Collection[str],
+    key: Callable[[str], str | None],
+) -> None:
+    """Add those of the needed names that have a key in common with one name of the files."""
+    free: dict[str | None, list[str]] = {}
+    for disk in set(disk_names) - set(found.values()):
+        free.setdefault(key(disk), []).append(disk)
+    for name in needed:
+        candidates = free.get(key(name), []) if name not in found else []
+        if len(candidates) > 1:
+            raise CheckpointError(
+                f"the checkpoint has {len(candidates)} tensors that could be {name}, which its config.json "
+                "asks for; config and weights do not belong together"
+            )
+        if candidates:
+            found[name] = candidates[0]
 
 
 def load_into_memory(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -131,13 +230,19 @@ def _renaming(
     return rename, {pattern: c for c in converters for pattern in c.source_patterns}
 
 
+def _tail(name: str) -> str:
+    """Give what follows the stack of layers (`layers.3.self_attn…`)."""
+    match = re.search(r"[^.]+\.\d+\..*", name)
+    return match.group() if match else name
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """Order `experts.10` behind `experts.9`, as stacking them needs."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _names_as_saved(model: Any) -> dict[str, torch.Tensor]:
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)  # tied ones are then the same object
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # transformers 4 keeps the names of the file

@@ -85,8 +85,10 @@ def _curve(run: Mapping[str, Any]) -> plots.Curve | None:
     training, stages = run["training"], run["evaluations"]
     if training is None:
         return None
-    levels = {s: stages[s]["loss"] for s in ("converted", "original") if s in stages}
-    return plots.Curve(run["name"], training["curve"], training["validation"], levels)
+    levels = {"original": stages["original"]["loss"]} if "original" in stages else {}
+    is_last = training["exported_step"] == training["steps"]
+    exported = None if is_last else training["exported_tokens"]
+    return plots.Curve(run["name"], **training["curves"], exported_tokens=exported, levels=levels)
 
 
 def _point(run: Mapping[str, Any]) -> plots.Point | None:

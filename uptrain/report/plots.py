@@ -13,6 +13,7 @@ HOW_TO_GET_PLOTS = "Plots need matplotlib: pip install 'uptrain-gqa[report]'"
 # Told apart by lightness too, so that they survive grey print and most colour blindness.
 _COLOURS = ("#0b5cad", "#d9622b", "#2a9d70", "#8e44ad", "#b8860b", "#5d6d7e", "#c2185b", "#00838f")
 _INK, _FAINT, _GRID = "#222222", "#7a7a7a", "#e6e6e6"
+_ALARM = "#c2185b"
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -33,13 +34,24 @@ _STYLE = {
 }
 
 
+Points = Sequence[Sequence[float]]
+
+
 @dataclass(frozen=True)
 class Curve:
-    """The losses of one run; every list of [tokens, nats a token]."""
+    """What one run measured on its way; every list of [tokens, nats a token]."""
 
     name: str
-    training: Sequence[Sequence[float]] = ()
-    validation: Sequence[Sequence[float]] = ()
+    loss: Points = ()
+    """Cross-entropy of the steps."""
+    kl: Points = ()
+    """KL(teacher ‖ model) of the steps; empty without a teacher."""
+    validation_loss: Points = ()
+    validation_kl: Points = ()
+    spikes: Points = ()
+    """Losses that stood out."""
+    exported_tokens: float | None = None
+    """Tokens of the step that was exported; None if it was the last one."""
     levels: dict[str, float] = field(default_factory=dict)
     """Losses to draw as horizontal lines, by their label."""
 
@@ -63,7 +75,9 @@ def can_draw() -> bool:
 
 
 def draw_loss(path: Path, curves: Sequence[Curve]) -> None:
-    """Draw training and validation loss over tokens: one run in full, several as smooth lines.
+    """Draw losses over tokens, and in a panel of its own the KL to a teacher if a run had one.
+
+    One run is drawn in full, several as smooth lines.
 
     Args:
         path: PNG to write.
@@ -72,17 +86,29 @@ def draw_loss(path: Path, curves: Sequence[Curve]) -> None:
     import matplotlib as mpl
 
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure("tokens trained on", "loss, nats a token")
+        alone = len(curves) == 1
+        labels = ["loss, nats a token"]
+        if any(curve.kl or curve.validation_kl for curve in curves):
+            labels.append("KL to the teacher")
+        figure, panels = _panels("tokens trained on", labels)
         for number, curve in enumerate(curves):
             colour = _COLOURS[number % len(_COLOURS)]
-            _draw_curve(axes, curve, colour, alone=len(curves) == 1)
-        if len(curves) == 1:
-            _draw_levels(axes, curves[0].levels)
+            _draw_curve(panels[0], curve.loss, curve.validation_loss, colour, curve.name, alone)
+            if len(panels) > 1:
+                _draw_curve(panels[1], curve.kl, curve.validation_kl, colour, curve.name, alone)
+        # Behind all curves: a limit that is set no longer follows what is drawn.
+        panels[0].set_xlim(left=0)
+        for axes in panels[1:]:
+            axes.set_ylim(bottom=0)
+        if alone:
+            _draw_spikes(panels[0], curves[0].spikes)
+            _draw_export(panels, curves[0])
+        _draw_levels(panels[0], curves[0].levels if alone else _shared_levels(curves))
+        if alone:
+            panels[0].set_title(curves[0].name)
         else:
-            _draw_levels(axes, _shared_levels(curves))
-        axes.set_xlim(left=0)
-        axes.set_title(curves[0].name if len(curves) == 1 else "Uptraining")
-        _draw_legend(axes)
+            panels[0].set_title("— training, smoothed   ● validation", color=_FAINT, fontsize=10)
+        _draw_legend(panels[0])
         _save(figure, path)
 
 
@@ -102,7 +128,7 @@ def draw_comparison(path: Path, points: Sequence[Point]) -> None:
         )
         axes.axhline(0, color=_FAINT, linewidth=1)
         for number, point in enumerate(points):
-            _draw_point(axes, point, _COLOURS[number % len(_COLOURS)])
+            _draw_point(axes, point, _beside(points, number), _COLOURS[number % len(_COLOURS)])
         axes.set_xscale("log", base=2)
         sizes = sorted({point.kv_cache_bytes for point in points})
         axes.set_xlim(sizes[0] / 2, sizes[-1] * 2)
@@ -155,35 +181,74 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
+    figure, (axes,) = _panels(x_label, [y_label])
+    return figure, axes
+
+
+def _panels(x_label: str, y_labels: Sequence[str]) -> tuple[Any, Sequence[Any]]:
+    """Stack panels over one x axis, the first twice as high as the others."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not through pyplot: a library must not touch the caller's figures or choose a display.
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    count = len(y_labels)
+    figure = Figure(figsize=(8, 3.3 + 1.8 * (count - 1) + 1.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    return figure, axes
+    ratios = [2] + [1] * (count - 1)
+    grid = figure.subplots(count, squeeze=False, sharex=True, height_ratios=ratios)
+    panels = [row[0] for row in grid]
+    for axes, label in zip(panels, y_labels, strict=True):
+        axes.set_ylabel(label)
+    panels[-1].set_xlabel(x_label)
+    figure.align_ylabels(panels)
+    return figure, panels
 
 
-def _draw_curve(axes: Any, curve: Curve, colour: str, alone: bool) -> None:
+def _draw_curve(
+    axes: Any, training: Points, validation: Points, colour: str, name: str, alone: bool
+) -> None:
     from matplotlib.ticker import EngFormatter
 
-    if curve.training:
-        tokens, losses = np.array(curve.training).T
-        if alone:
-            axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=1, label="training")
-        label = "training, smoothed" if alone else curve.name
-        axes.plot(tokens, smooth(losses), color=colour, linewidth=2, label=label)
-    if curve.validation:
-        tokens, losses = np.array(curve.validation).T
+    if training:
+        tokens, values = np.array(training).T
+        smoothed = smooth(values)
+        is_noisy = alone and smoothed != list(values)
+        if is_noisy:
+            axes.plot(tokens, values, color=colour, alpha=0.25, linewidth=1)
+        label = f"training{', smoothed' * is_noisy}" if alone else name
+        axes.plot(tokens, smoothed, color=colour, linewidth=2, label=label)
+    if validation:
+        tokens, values = np.array(validation).T
         own_colour = _COLOURS[1] if alone else colour
-        name = "validation" if alone else None if curve.training else curve.name
-        axes.plot(
-            tokens, losses, marker="o", markersize=5, linewidth=1, color=own_colour, label=name
-        )
+        label = "validation" if alone else "" if training else name
+        style = {"marker": "o", "markersize": 4, "linewidth": 1.2, "clip_on": False, "zorder": 3}
+        axes.plot(tokens, values, color=own_colour, label=label or None, **style)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _draw_spikes(axes: Any, spikes: Points) -> None:
+    if spikes:
+        tokens, losses = np.array(spikes).T
+        style = {"marker": "v", "markersize": 6, "linestyle": "none", "color": _ALARM, "zorder": 4}
+        axes.plot(tokens, losses, label="spike", **style)
+
+
+def _draw_export(panels: Sequence[Any], curve: Curve) -> None:
+    """Ring what was measured of the step that was exported, if others came behind it."""
+    for axes, points in zip(panels, (curve.validation_loss, curve.validation_kl), strict=False):
+        for tokens, value in points:
+            if tokens == curve.exported_tokens:
+                style = {"markersize": 11, "markeredgewidth": 1.5, "clip_on": False, "zorder": 4}
+                ring = {"markerfacecolor": "none", "markeredgecolor": _INK, "linestyle": "none"}
+                axes.plot([tokens], [value], "o", **ring, **style)
+                axes.annotate(
+                    "exported",
+                    (tokens, value),
+                    xytext=(0, 10),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                )
 
 
 def _draw_legend(axes: Any) -> None:
@@ -196,14 +261,12 @@ def _draw_levels(axes: Any, levels: dict[str, float]) -> None:
     for label, loss in levels.items():
         axes.axhline(loss, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"{label} {loss:.3f}",
+            f"{label}\n{loss:.3f}",
             (1, loss),
             xycoords=("axes fraction", "data"),
-            # Below the original, which a good run comes close to from above.
-            xytext=(-2, -3 if label == "original" else 3),
-            va="top" if label == "original" else "baseline",
+            xytext=(4, 0),
             textcoords="offset points",
-            ha="right",
+            va="center",
             color=_FAINT,
             fontsize=9,
         )
@@ -215,8 +278,14 @@ def _shared_levels(curves: Sequence[Curve]) -> dict[str, float]:
     return {"original": first} if first is not None and is_shared else {}
 
 
-def _draw_point(axes: Any, point: Point, colour: str) -> None:
-    x = point.kv_cache_bytes
+def _beside(points: Sequence[Point], number: int) -> float:
+    """Give a point's place on the x axis, beside the others of the same size."""
+    size = points[number].kv_cache_bytes
+    same = [i for i, point in enumerate(points) if point.kv_cache_bytes == size]
+    return float(size * 2 ** ((same.index(number) - (len(same) - 1) / 2) * 0.8 / len(points)))
+
+
+def _draw_point(axes: Any, point: Point, x: float, colour: str) -> None:
     hollow = {"marker": "o", "markerfacecolor": "white", "markeredgecolor": colour}
     filled = {"marker": "o", "color": colour}
     style = {"markersize": 8, "linestyle": "none", "zorder": 3}

@@ -13,6 +13,9 @@ TRAINING_LOG = "train.jsonl"
 
 _STAGES = {"original": "original", "converted": "converted", "final": "uptrained"}
 _MEASURED_ON = ("tokens", "data", "sequence_length")
+_SETTINGS = (
+    "teacher", "distillation_weight", "optimizer", "learning_rate", "schedule", "trainable",
+)  # fmt: skip
 _MAX_POINTS = 1000  # of a curve: a plot shows no more
 
 
@@ -55,9 +58,8 @@ def _read_run(folder: Path) -> dict[str, Any]:
         if (path := folder / stage / RECORD).is_file()
     ]
     conversion = next((_pick_conversion(r) for r in records if _is_converted(r)), None)
-    training = _read_training(folder / TRAINING_LOG)
-    if training is not None:
-        training |= _pick_share(records, training["tokens"])
+    uptrained = [record["uptraining"] for record in records if _is_uptrained(record)]
+    training = _read_training(folder / TRAINING_LOG, uptrained[-1] if uptrained else {})
     layers: list[Any] = next((r["layers"] for r in records if r.get("layers")), [])
     if not evaluations and training is None and not layers:
         raise UptrainError(
@@ -110,6 +112,10 @@ def _is_converted(record: Mapping[str, Any]) -> bool:
     return str(record.get("method", "none")) != "none"
 
 
+def _is_uptrained(record: Mapping[str, Any]) -> bool:
+    return isinstance(record.get("uptraining"), dict)
+
+
 def _pick_conversion(record: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("model_type", "num_attention_heads", "num_key_value_heads", "method", "grouping")
     picked = {key: record[key] for key in (*keys, "seed", "calibration") if key in record}
@@ -117,28 +123,55 @@ def _pick_conversion(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"source": source.get("name") if isinstance(source, dict) else source, **picked}
 
 
-def _read_training(path: Path) -> dict[str, Any] | None:
+def _read_training(path: Path, uptraining: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read a log, and from the record of what was exported how it was trained.
+
+    `loss` is cross-entropy here, whatever was minimised.
+    """
     if not path.is_file():
         return None
     # A step that was repeated after a restart counts once, as it went the last time.
     rows = read_log(path)
     steps = {row["step"]: row for row in rows if {"loss", "tokens"} <= row.keys()}
-    validation = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     if not steps:
         return None
     ordered = [steps[step] for step in sorted(steps)]
+    for row in ordered:
+        row["loss"] = row.get("cross_entropy", row["loss"])
     last = ordered[-1]
-    tokens_at = {step: row["tokens"] for step, row in steps.items()} | {0: 0}
     seconds = last.get("seconds")
+    exported = uptraining.get("exported_step", last["step"])
+    tokens_at = {step: row["tokens"] for step, row in steps.items()} | {0: 0}
+    measured: dict[str, float | None] = {}
+    curves = {key: _thin(_points(ordered, key, tokens_at)) for key in ("loss", "kl")}
+    for key in ("validation_loss", "validation_kl"):
+        curves[key] = _points(rows, key, tokens_at)
+        by_step = {row["step"]: row[key] for row in rows if key in row}
+        measured |= {f"initial_{key}": by_step.get(0), key: by_step.get(exported)}
+    curves["spikes"] = _points([row for row in ordered if row.get("spike")], "loss", tokens_at)
     return {
-        "steps": max(steps),
+        **{key: uptraining.get(key) for key in _SETTINGS},
+        **_share(uptraining, last["tokens"]),
+        "steps": last["step"],
+        "exported_step": exported,
+        "exported_tokens": tokens_at.get(exported),
         "tokens": last["tokens"],
         "seconds": seconds,
         "tokens_per_second": last["tokens"] / seconds if seconds else None,
         "loss": last["loss"],
-        "curve": _thin([[row["tokens"], row["loss"]] for row in ordered]),
-        "validation": [[tokens_at[s], loss] for s, loss in validation.items() if s in tokens_at],
+        **measured,
+        "spikes": len(curves["spikes"]),
+        "clipped_steps": sum(1 for row in ordered if row.get("clipped")),
+        "curves": curves,
     }
+
+
+def _points(
+    rows: Sequence[Mapping[str, Any]], key: str, tokens_at: Mapping[int, float]
+) -> list[list[float]]:
+    """Give a value over tokens, the last one that each step has."""
+    values = {row["step"]: row[key] for row in rows if key in row and row["step"] in tokens_at}
+    return [[tokens_at[step], values[step]] for step in sorted(values)]
 
 
 def _thin(points: list[list[float]]) -> list[list[float]]:
@@ -146,15 +179,10 @@ def _thin(points: list[list[float]]) -> list[list[float]]:
     return points[::stride] if stride > 1 else points
 
 
-def _pick_share(records: Sequence[Mapping[str, Any]], tokens: int) -> dict[str, Any]:
-    for record in records:
-        uptraining = record.get("uptraining")
-        if isinstance(uptraining, dict):
-            if pretraining := uptraining.get("pretraining_tokens"):
-                return {"alpha": tokens / pretraining, "pretraining_tokens": pretraining}
-            if alpha := uptraining.get("alpha"):
-                return {"alpha": alpha}
-    return {}
+def _share(uptraining: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    if pretraining := uptraining.get("pretraining_tokens"):
+        return {"alpha": tokens / pretraining, "pretraining_tokens": pretraining}
+    return {"alpha": uptraining["alpha"]} if uptraining.get("alpha") else {}
 
 
 def _name_apart(runs: list[dict[str, Any]], folders: Sequence[Path]) -> None:

@@ -18,15 +18,8 @@ _FIGURES = (
     ("KV cache, bytes a token", "kv_cache_bytes_per_token", "{:,}"),
     ("parameters", "parameters", "{:,}"),
 )
-_COSTS = (
-    ("steps", "steps", "{:,}"),
-    ("tokens trained on", "tokens", "{:,}"),
-    ("share of the pretraining", "alpha", "{:.2%}"),
-    ("time, seconds", "seconds", "{:,.0f}"),
-    ("speed, tokens a second", "tokens_per_second", "{:,.0f}"),
-)
 _PLOTS = {
-    "loss.png": "Training and validation loss over tokens",
+    "loss.png": "Training and validation loss over tokens, and the divergence from a teacher",
     "layers.png": "What each layer lost, and how far each repair brought it back",
     "comparison.png": "Loss over the original against KV-cache bytes a token",
 }
@@ -50,10 +43,7 @@ def verdict(run: Mapping[str, Any]) -> str:
         won_back = _say_won_back(original, converted, final)
         sentences.append(f"loss {' → '.join(losses)}{won_back}")
     if not sentences and run["training"]:
-        training = run["training"]
-        sentences.append(
-            f"trained for {training['steps']:,} steps to a training loss of {training['loss']:.3f}"
-        )
+        sentences.append(_say_training(run["training"]))
     if not sentences and run["conversion"]:
         heads = run["conversion"]["num_key_value_heads"]
         method = run["conversion"]["method"]
@@ -82,6 +72,21 @@ def _say_budget(run: Mapping[str, Any]) -> str:
     return f" on {training['tokens']:,} tokens{of_pretraining}"
 
 
+def _say_training(training: Mapping[str, Any]) -> str:
+    changes = [
+        f"{name} {training[f'initial_{key}']:.3f} → {training[key]:.3f}"
+        for name, key in (("validation loss", "validation_loss"), ("KL", "validation_kl"))
+        if _is_measured(training, key)
+    ]
+    if changes:
+        return f"trained on {training['tokens']:,} tokens: {', '.join(changes)}"
+    return f"trained for {training['steps']:,} steps to a training loss of {training['loss']:.3f}"
+
+
+def _is_measured(training: Mapping[str, Any], key: str) -> bool:
+    return None not in (training[f"initial_{key}"], training[key])
+
+
 def _say_won_back(
     original: Mapping[str, Any] | None,
     converted: Mapping[str, Any] | None,
@@ -101,7 +106,7 @@ def _say_won_back(
 
 
 def tables(run: Mapping[str, Any]) -> list[tuple[str, Table]]:
-    """Lay out what is known of one run as titled tables: quality and cost."""
+    """Lay out what is known of one run as titled tables: its quality and its uptraining."""
     stages = run["evaluations"]
     quality: Table = [["", *stages]]
     for label, key, form in _FIGURES:
@@ -110,17 +115,65 @@ def tables(run: Mapping[str, Any]) -> list[tuple[str, Table]]:
             values[0] = None  # of itself
         if any(value is not None for value in values):
             quality.append([label, *(_cell(value, form) for value in values)])
-    cost: Table = [["uptraining", ""]]
-    for label, key, form in _COSTS:
-        if (value := (run["training"] or {}).get(key)) is not None:
-            cost.append([label, form.format(value)])
-    return [("Quality", quality), ("Cost", cost)]
+    uptraining: Table = [["uptraining", ""]]
+    if run["training"]:
+        uptraining += _training_rows(run["training"], stages)
+    return [("Quality", quality), ("Uptraining", uptraining)]
+
+
+def _training_rows(training: Mapping[str, Any], stages: Mapping[str, Any]) -> Table:
+    """Say how a model was trained and what came of it, but for what its evaluations say."""
+    steps = training["steps"]
+    rows = [("steps", f"{steps:,}"), ("tokens trained on", f"{training['tokens']:,}")]
+    if training.get("alpha"):
+        rows.append(("share of the pretraining", f"{training['alpha']:.2%}"))
+    if training["optimizer"]:
+        rows.append(("loss minimised", _objective(training)))
+        if training["teacher"]:
+            rows.append(("teacher", training["teacher"]))
+        rows += [
+            ("trained parameters", training["trainable"]),
+            ("optimizer", training["optimizer"]),
+            ("learning rate", f"{training['learning_rate']:g}, {training['schedule']}"),
+        ]
+    known = stages.keys() >= {"converted", "uptrained"}
+    is_known = {
+        "validation_loss": known,
+        "validation_kl": known and stages["uptrained"].get("reference") == training["teacher"],
+    }
+    for label, key in (
+        ("validation loss", "validation_loss"),
+        ("KL to the teacher", "validation_kl"),
+    ):
+        if _is_measured(training, key) and not is_known[key]:
+            rows.append((label, f"{training[f'initial_{key}']:.4f} → {training[key]:.4f}"))
+    if training["exported_step"] != steps:
+        rows.append(("exported", f"step {training['exported_step']:,}, the lowest validation loss"))
+    rows += [
+        ("steps with clipped gradients", f"{training['clipped_steps']:,}"),
+        ("steps with a loss spike", f"{training['spikes']:,}"),
+    ]
+    if training["seconds"]:
+        rows += [
+            ("time, seconds", f"{training['seconds']:,.0f}"),
+            ("speed, tokens a second", f"{training['tokens_per_second']:,.0f}"),
+        ]
+    return [list(row) for row in rows]
+
+
+def _objective(training: Mapping[str, Any]) -> str:
+    """Name what was minimised: cross-entropy, KL to the teacher, or a mixture."""
+    weight = training["distillation_weight"] if training["teacher"] else 0
+    parts = ((1 - weight, "cross-entropy"), (weight, "KL to the teacher"))
+    return " + ".join(
+        name if share == 1 else f"{share:.3g} {name}" for share, name in parts if share > 0
+    )
 
 
 def comparison(runs: Sequence[Mapping[str, Any]]) -> Table:
     """Lay out several runs side by side; losses of conversions are those over the original."""
     header = "run|method|KV heads|KV cache, bytes a token|original loss|converted|uptrained|KL"
-    table: Table = [[*header.split("|"), "tokens trained on", "time, s"]]
+    table: Table = [[*header.split("|"), "tokens trained on", "KL in the loss", "time, s"]]
     for run in runs:
         stages, training = run["evaluations"], run["training"] or {}
         original, converted = stages.get("original", {}), stages.get("converted", {})
@@ -137,6 +190,7 @@ def comparison(runs: Sequence[Mapping[str, Any]]) -> Table:
                 _cell(final.get("loss_increase"), "{:+.4f}"),
                 _cell(final.get("kl", converted.get("kl")), "{:.4f}"),
                 _cell(training.get("tokens"), "{:,}"),
+                _cell(training.get("distillation_weight"), "{:.0%}"),
                 _cell(training.get("seconds"), "{:,.0f}"),
             ]
         )
@@ -151,9 +205,10 @@ def markdown(content: Mapping[str, Any]) -> str:
     """Write a report as a Markdown page, one run or several compared."""
     runs = content["runs"]
     lines = ["# Uptraining report", ""]
+    images = [line for plot in content["plots"] for line in (f"![{_PLOTS[plot]}]({plot})", "")]
     if len(runs) > 1:
         lines += [_as_markdown(comparison(runs)), ""]
-        lines += ["Converted and uptrained: loss over the original, in nats a token.", ""]
+        lines += ["Converted and uptrained: loss over the original, in nats a token.", "", *images]
     for run in runs:
         if len(runs) > 1:
             lines += [f"## {run['name']}", ""]
@@ -161,9 +216,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         for title, table in tables(run):
             if len(table) > 1:
                 lines += [f"{'#' * (2 + (len(runs) > 1))} {title}", "", _as_markdown(table), ""]
+        lines += images if len(runs) == 1 else []
         lines += _how_made(run, "#" * (2 + (len(runs) > 1)))
-    for plot in content["plots"]:
-        lines += [f"![{_PLOTS[plot]}]({plot})", ""]
     if content.get("note"):
         lines += [content["note"], ""]
     return "\n".join(lines)
@@ -178,6 +232,7 @@ def _how_made(run: Mapping[str, Any], heading: str) -> list[str]:
             f"uptrain convert {source} converted"
             f" --num-key-value-heads {conversion['num_key_value_heads']['target']}"
             f" --method {conversion['method']} --seed {conversion.get('seed', 0)}"
+            + _calibration_options(conversion)
         )
     evaluations = run["evaluations"]
     for stage, folder in (("converted", "converted"), ("uptrained", "final"), ("evaluated", None)):
@@ -194,6 +249,19 @@ def _how_made(run: Mapping[str, Any], heading: str) -> list[str]:
     return lines
 
 
+def _calibration_options(conversion: Mapping[str, Any]) -> str:
+    calibration, parts = conversion.get("calibration"), []
+    if calibration or conversion.get("grouping", "contiguous") != "contiguous":
+        parts += ["--grouping", conversion["grouping"]]
+    if calibration:
+        parts += ["--calibration", calibration["data"]]
+        parts += ["--calibration-tokens", str(calibration["tokens"])]
+        parts += [] if calibration["refit"] else ["--no-refit"]
+        if calibration["reconstruct_steps"] is not None:
+            parts += ["--reconstruct-steps", str(calibration["reconstruct_steps"])]
+    return f" {shlex.join(parts)}" if parts else ""
+
+
 def _evaluate_command(evaluation: Mapping[str, Any], folder: str) -> str:
     parts = ["uptrain", "evaluate", folder]
     if evaluation.get("reference"):
@@ -206,18 +274,19 @@ def _evaluate_command(evaluation: Mapping[str, Any], folder: str) -> str:
 
 def _as_markdown(table: Table) -> str:
     header, *rows = table
-    rule = ["---"] + ["---:"] * (len(header) - 1)
+    rule = ["---"] + ["---:" if title else "---" for title in header[1:]]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
 def as_text(table: Table) -> str:
-    """Align a table for a terminal: the first column left, the others right."""
+    """Align a table for a terminal: the first column and such without a title left, others right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for row in table:
-        first, *others = row
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        cells = [
+            cell.rjust(width) if title and number else cell.ljust(width)
+            for number, (cell, title, width) in enumerate(zip(row, table[0], widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     lines.insert(1, "  ".join("─" * width for width in widths))
     return "\n".join(lines)

@@ -17,17 +17,18 @@ from uptrain.checkpoint.reader import (
     MODEL_CARD,
     RECORD,
     Checkpoint,
+    file_chunks,
     read_json,
     tensor_chunks,
 )
-from uptrain.checkpoint.writer import (
-    TensorSpec,
-    copy_companions,
+from uptrain.checkpoint.staging import (
+    check_room,
     staged_folder,
     write_bytes,
+    write_chunks,
     write_json,
-    write_tensors,
 )
+from uptrain.checkpoint.writer import TensorSpec, copy_companions, write_tensors
 from uptrain.errors import TrainingError, UnsupportedFamilyError
 from uptrain.families.registry import read_heads
 from uptrain.progress import progress
@@ -71,6 +72,7 @@ def _write(
 ) -> dict[str, Any]:
     trained = _source_tensors(model, whole, source)
     specs = [TensorSpec(e.name, e.dtype, e.shape) for e in source.tensors.values()]
+    check_room(target, source.nbytes)
 
     def data(spec: TensorSpec) -> Iterable[memoryview]:
         if spec.name not in trained:
@@ -82,7 +84,7 @@ def _write(
         progress("export", source.nbytes, "bytes") as advance,
     ):
         files = write_tensors(folder, specs, data, progress=advance)
-        files[CONFIG] = write_bytes(folder / CONFIG, (source.folder / CONFIG).read_bytes())
+        files[CONFIG] = write_chunks(folder / CONFIG, file_chunks(source.folder / CONFIG))
         files |= copy_companions(source, folder)
         record = {
             **_source_record(source),

@@ -4,11 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from uptrain.checkpoint.staging import replace_file
+from uptrain.errors import TrainingError
+
 
 def append_log(path: Path, row: dict[str, Any]) -> None:
-    """Add one row."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add one row.
+
+    Raises:
+        TrainingError: If it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise TrainingError(
+            f"{path}: cannot be written ({error.strerror}); make room, then add --resume to go on"
+        ) from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -28,7 +40,5 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the rows behind `step`; returns those that stay."""
     rows = [row for row in read_log(path) if row["step"] <= step]
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from uptrain.checkpoint.staging import check_room
 from uptrain.errors import Interrupted
 from uptrain.progress import progress
 from uptrain.training import processes
@@ -17,15 +18,16 @@ from uptrain.training.guard import locked, stop_on_signal
 from uptrain.training.log import append_log, cut_log
 from uptrain.training.optimizer import make_optimizer, make_schedule
 from uptrain.training.recipe import Recipe
+from uptrain.training.saved import SavedState, find_states
 from uptrain.training.setup import Run, make_accelerator, prepare
-from uptrain.training.state import SavedState, StateWriter, find_states, load_state
+from uptrain.training.state import StateWriter, load_state
 from uptrain.training.step import train_step
 from uptrain.training.watch import best_step, is_overfit, is_spike
 
 LOG = "train.jsonl"
 _RECORDED = (
-    "learning_rate", "schedule", "floor", "warmup", "optimizer", "betas", "weight_decay",
-    "gradient_clipping", "trainable", "dropout", "batch_tokens", "seed",
+    "learning_rate", "schedule", "floor", "decay", "warmup", "optimizer", "betas", "weight_decay",
+    "gradient_clipping", "trainable", "attention_fraction", "dropout", "batch_tokens", "seed",
 )  # fmt: skip
 
 Rows = list[dict[str, Any]]
@@ -44,8 +46,8 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
 
     Returns:
         `steps`, `tokens`, `loss` (of the last step, nats a token), `validation_loss`,
-        `initial_validation_loss` (None without data.validation), with a teacher `validation_kl` and
-        `initial_validation_kl` too, `exported_step`, `seconds` (of the steps),
+        `initial_validation_loss` (None without data.validation), with a `teacher` (its name)
+        `validation_kl` and `initial_validation_kl` too, `exported_step`, `seconds` (of the steps),
         `tokens_per_second`, and where things are: `final`, `checkpoint`, `log`. Empty in all
         processes but the main one.
 
@@ -58,7 +60,11 @@ def finetune(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     accelerator = make_accelerator(recipe)
     with locked(Path(recipe.output)) if accelerator.is_main_process else nullcontext():
         run = prepare(recipe, accelerator, resume)
-        accelerator.init_trackers("uptrain", config=_flat(recipe.model_dump(mode="json")))
+        accelerator.init_trackers(
+            "uptrain",
+            config=_flat(recipe.model_dump(mode="json")),
+            init_kwargs={"wandb": {"dir": recipe.output, "name": run.output.name}},
+        )
         try:
             rows, checkpoint = _train(run)
         except Interrupted:  # in all processes alike
@@ -78,6 +84,10 @@ def _train(run: Run) -> tuple[Rows, SavedState]:
     """
     options, device = run.recipe.train, run.accelerator.device
     optimizer = make_optimizer(run.objective.model, options)
+    # The least that will be written: the export, and a checkpoint's parameters.
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    least = run.source.nbytes + (0 if run.resumed else sum(each.nbytes for each in parameters))
+    processes.in_main(lambda: check_room(run.output, least))
     learning_rate = make_schedule(options)
     steps, log, is_main = options.total_steps, run.output / LOG, run.accelerator.is_main_process
     done = 0
@@ -106,6 +116,10 @@ def _train(run: Run) -> tuple[Rows, SavedState]:
         if options.keep_best and best_step(rows) == done:
             writer.save(done, keep=[done])
 
+    def save() -> Path:
+        best = best_step(rows) if options.keep_best else None
+        return writer.save(done, keep=[] if best is None else [best])
+
     bar = progress("train", steps * options.batch_tokens, "tokens", done * options.batch_tokens)
     with (
         StateWriter(
@@ -120,36 +134,37 @@ def _train(run: Run) -> tuple[Rows, SavedState]:
             device,
         ) as batches,
         stop_on_signal() as stop_asked,
-        bar if is_main else nullcontext(_ignore) as advance,
     ):
         if done == 0 and not rows:
             judge()
-        while done < steps:
-            begun = time.perf_counter()
-            run.objective.train()
-            row, stop = train_step(
-                run, optimizer, done, next(batches), learning_rate(done), stop_asked
-            )
-            done += 1
-            took = time.perf_counter() - begun
-            seconds += took
-            if is_spike(rows, row["loss"]):
-                row["spike"] = True
-            row |= {"tokens_per_second": options.batch_tokens / took, "seconds": seconds}
-            note(row)
-            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-            advance(options.batch_tokens, f"loss {row['loss']:.4f}, {speed}")
-            every = options.evaluate_every_steps
-            if done == steps or (every is not None and done % every == 0):
-                judge()
-            if stop or done == steps or done % options.save_every_steps == 0:
-                best = best_step(rows) if options.keep_best else None
-                folder = writer.save(done, keep=[] if best is None else [best])
-            if stop and done < steps:
-                writer.wait()
-                raise Interrupted(
-                    f"stopped after step {done} of {steps}, saved in {folder}; add --resume to go on"
+        elif done == steps:
+            save()  # is saved; but removing older ones may have been cut short
+        with bar if is_main else nullcontext(_ignore) as advance:
+            while done < steps:
+                begun = time.perf_counter()
+                run.objective.train()
+                row, stop = train_step(
+                    run, optimizer, done, next(batches), learning_rate(done), stop_asked
                 )
+                done += 1
+                took = time.perf_counter() - begun
+                seconds += took
+                if is_spike(rows, row["loss"]):
+                    row["spike"] = True
+                row |= {"tokens_per_second": options.batch_tokens / took, "seconds": seconds}
+                note(row)
+                speed = f"{row['tokens_per_second']:,.0f} tokens/s"
+                advance(options.batch_tokens, f"loss {row['loss']:.4f}, {speed}")
+                every = options.evaluate_every_steps
+                if done == steps or (every is not None and done % every == 0):
+                    judge()
+                if stop or done == steps or done % options.save_every_steps == 0:
+                    folder = save()
+                if stop and done < steps:
+                    writer.wait()
+                    raise Interrupted(
+                        f"stopped after step {done} of {steps}, saved in {folder}; add --resume to go on"
+                    )
     states = processes.in_main(lambda: find_states(run.output / "checkpoints"))
     latest = states[-1]
     best = best_step(rows) if options.keep_best else None
@@ -221,6 +236,7 @@ def _finish(run: Run, rows: Rows, checkpoint: SavedState) -> dict[str, Any]:
         "steps": options.total_steps,
         "exported_step": checkpoint.step,
         "tokens": tokens,
+        "teacher": uptraining["teacher"],
         **losses,
         "seconds": steps[-1]["seconds"],
         "tokens_per_second": tokens / steps[-1]["seconds"],

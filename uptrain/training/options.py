@@ -27,6 +27,8 @@ class ConvertOptions(_Section):
     num_key_value_heads: Count
     method: Literal["mean", "first", "random", "align", "factorize"] | None = None
     grouping: Literal["contiguous", "search"] | None = None
+    architecture: Text = "auto"
+    """`auto`, `keep`, or the model type to rewrite the source into."""
     calibration: Text | None = None
     """A text, jsonl or parquet file."""
     calibration_tokens: Count = 262_144
@@ -177,6 +179,16 @@ class EvaluateOptions(_Section):
     data: Text
     max_tokens: Count | None = None
     sequence_length: Count | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    long_context: bool = False
+    copying: bool = False
+    continuations: bool = False
+    tasks: list[Text] = []
+    tasks_folder: Text | None = None
+    decode: bool = False
+    """Of the final checkpoint and the original; the converted one is as fast as the final one."""
+    decode_batches: list[Count | Literal["max"]] | None = None
+    decode_contexts: list[Count] | None = None
 
 
 class Recipe(_Section):

@@ -33,14 +33,10 @@ _PATHS = (
     "data.validation",
     "data.tokens",
     "evaluate.data",
+    "evaluate.tasks_folder",
     "convert.calibration",
     "train.teacher",
 )
-
-# Keys that the design names and that are not built. An empty value asks for nothing.
-_NOT_YET = (
-    "convert.architecture", "evaluate.decode",
-)  # fmt: skip
 
 
 def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -73,7 +69,6 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
             nested = {part: nested}
         _resolve_paths(nested, Path.cwd())
         _merge(content, nested, override)
-    _check_available(content, path)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -149,15 +144,6 @@ def _resolve(value: Any, base: Path, dotted: str) -> Any:
     if may_be_id and _HUB_ID.fullmatch(value) and not (base / value).exists():
         return value
     return str(base / value)
-
-
-def _check_available(content: dict[Any, Any], path: Path) -> None:
-    for dotted in _NOT_YET:
-        if (found := _at(content, dotted)) is not None:
-            section, key = found
-            if section[key] not in (None, False, 0, "none"):
-                raise RecipeError(f"{path}: {dotted} is not available yet; remove it")
-            del section[key]
 
 
 def _explain(error: ValidationError) -> str:

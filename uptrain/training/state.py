@@ -1,69 +1,39 @@
-"""Checkpoints of a run: each whole or absent, each only for the run that made it.
-
-A checkpoint is a folder: of each process a part, which is plain safetensors, and a manifest that
-lists them.
-"""
+"""Save a run's state in the background, and take it on again, each only for the run that made it."""
 
 import hashlib
-import json
 import os
-import shutil
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from uptrain.checkpoint.reader import CONFIG, RECORD, SAFETENSORS, Checkpoint, read_json
-from uptrain.checkpoint.writer import side_folders, staged_folder, write_json
+from uptrain.checkpoint.staging import (
+    check_room,
+    side_folders,
+    staged_folder,
+    write_json,
+)
 from uptrain.errors import CheckpointError, TrainingError, one_line
 from uptrain.training import processes
 from uptrain.training.parts import load_parts, own_part, pieces_of, save_part
+from uptrain.training.saved import (
+    FORMAT,
+    MANIFEST,
+    Fingerprint,
+    SavedState,
+    check_fingerprint,
+    find_states,
+    part_name,
+    remove_state,
+)
 from uptrain.training.shard import reshard
 
-MANIFEST = "manifest.json"
-_FORMAT = 2
 _KEEP = 2
-
-Fingerprint = Mapping[str, Any]
-"""What decides the result of a run, by the names that a recipe gives it."""
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """A whole checkpoint on disk."""
-
-    folder: Path
-    step: int
-    """Steps done."""
-    manifest: dict[str, Any]
-
-    @property
-    def parts(self) -> list[str]:
-        """Name the files, in the order of the processes that wrote them."""
-        return [_part(rank) for rank in range(self.manifest["processes"])]
-
-
-def find_states(folder: Path) -> list[SavedState]:
-    """Give the whole checkpoints in `folder`, oldest first, by what their manifests say."""
-    states = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        try:
-            manifest = read_json(path / MANIFEST)
-            state = SavedState(path, int(manifest["step"]), manifest)
-            sizes = [manifest["files"][name]["bytes"] for name in state.parts]
-            found = [(path / name).stat().st_size for name in state.parts]
-            if manifest["format"] == _FORMAT and sizes and found == sizes:
-                states.append(state)
-        except (CheckpointError, OSError, KeyError, TypeError, ValueError):
-            continue
-    return sorted(states, key=lambda state: state.step)
 
 
 class StateWriter:
@@ -117,13 +87,17 @@ class StateWriter:
 
         Raises:
             TrainingError: If the one before could not be written, or this one cannot.
+            CheckpointError: If the disk has no room for it.
         """
         self.wait()
         target = self._folder / f"step-{step:08d}"
         if processes.in_main(lambda: any(s.folder == target for s in find_states(self._folder))):
+            processes.in_main(lambda: self._remove_older(set(keep)))  # perhaps no longer done
             return target
         reshard(self._root)
         tensors = own_part(pieces_of(self._root, self._optimizer))
+        needed = sum(processes.in_all(lambda: sum(each.nbytes for each in tensors.values())))
+        processes.in_main(lambda: check_room(target, needed))
         if self._copy(tensors):
             # The impatient need not wait for it: what it leaves behind is no checkpoint.
             self._thread = threading.Thread(
@@ -165,8 +139,9 @@ class StateWriter:
             self._write(target, step, tensors)
             processes.in_main(lambda: self._remove_older(keep), self._group)
         except (OSError, RuntimeError, CheckpointError) as error:
+            reason = error.__cause__ if isinstance(error.__cause__, OSError) else error
             self._error = TrainingError(
-                f"{target}: the checkpoint cannot be written ({one_line(error)}); "
+                f"{target}: the checkpoint cannot be written ({one_line(reason)}); "
                 "make room, then add --resume to go on from the one before"
             )
             self._error.__cause__ = error
@@ -176,7 +151,7 @@ class StateWriter:
     def _remove_older(self, keep: set[int]) -> None:
         for state in find_states(self._folder)[:-_KEEP]:
             if state.step not in keep:
-                _remove(state.folder)
+                remove_state(state.folder)
 
     def _write(self, target: Path, step: int, tensors: dict[str, Tensor]) -> None:
         """Write all parts, then the manifest, then let the folder appear."""
@@ -184,15 +159,15 @@ class StateWriter:
         with ExitStack() as stack:
 
             def begin() -> None:
-                _remove(target)  # found by no manifest: a part of a removed one
+                remove_state(target)  # found by no manifest: a part of a removed one
                 stack.enter_context(staged_folder(target))
 
             def publish() -> None:
                 manifest = {
-                    "format": _FORMAT,
+                    "format": FORMAT,
                     "step": step,
                     "processes": len(files),
-                    "files": {_part(rank): file for rank, file in enumerate(files)},
+                    "files": {part_name(rank): file for rank, file in enumerate(files)},
                     "run": self._fingerprint,
                 }
                 write_json(staging / MANIFEST, manifest)
@@ -200,7 +175,7 @@ class StateWriter:
 
             processes.in_main(begin, self._group)
             files = processes.in_all(
-                lambda: save_part(staging / _part(processes.rank()), tensors), self._group
+                lambda: save_part(staging / part_name(processes.rank()), tensors), self._group
             )
             processes.in_main(publish, self._group)
 
@@ -232,59 +207,6 @@ def load_state(
             f"{state.folder}: cannot be taken on ({error}); go on with what it was made with, or "
             "choose another output"
         ) from error
-
-
-def check_fingerprint(state: SavedState, fingerprint: Fingerprint) -> None:
-    """Refuse a checkpoint of another run.
-
-    Raises:
-        TrainingError: If it is; the first difference is named.
-    """
-    # As it would be read back: tuples are lists there.
-    now = json.loads(json.dumps(dict(fingerprint)))
-    then = state.manifest.get("run")
-    then = then if isinstance(then, dict) else {}
-    for key in [*now, *then]:
-        if now.get(key) != then.get(key):
-            is_digest = isinstance(now.get(key), str) and len(now[key]) == 64
-            found = f"another {key}" if is_digest else f"{key}={then.get(key)}, now {now.get(key)}"
-            raise TrainingError(
-                f"{state.folder}: was made with {found}; go on with what it was made with, "
-                "or choose another output"
-            )
-
-
-def clean_states(folder: Path) -> None:
-    """Remove what killed runs left half written or half removed. No other run may be at work."""
-    whole = {state.folder for state in find_states(folder)}
-    for path in folder.glob("step-*"):
-        if path not in whole:
-            _remove(path)
-
-
-def source_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a source's config and weights; `uptrain.json`, if there, stands for them."""
-    digest = hashlib.sha256((checkpoint.folder / CONFIG).read_bytes())
-    for name, entry in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
-    record = checkpoint.folder / RECORD
-    if record.is_file():
-        digest.update(record.read_bytes())
-    else:
-        for path in sorted({entry.path for entry in checkpoint.tensors.values()}):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: what is half removed is no checkpoint
-        shutil.rmtree(folder)
-
-
-def _part(rank: int) -> str:
-    return f"part-{rank:05d}/{SAFETENSORS}"
 
 
 def _is_sound(state: SavedState, name: str) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from uptrain.errors import UnsupportedFamilyError
-from uptrain.families import meta, registry
-from uptrain.families.head_tensors import head_tensors, possible_head_counts
+from uptrain.families import meta
+from uptrain.families.head_tensors import all_head_tensors
 from uptrain.training.options import TrainOptions
 
 
@@ -81,11 +81,7 @@ def attention_blocks(
     model: nn.Module, config: Mapping[str, Any], code: Path | None = None
 ) -> list[str]:
     """Name the modules that project keys and values to heads, as `attention_names`."""
-    heads = registry.read_heads(config, code)
-    H, K = heads.num_attention_heads, heads.num_key_value_heads
-    # Any other number shows which tensors follow it.
-    other = H if H != K else possible_head_counts(config, code)[0]
-    tensors = head_tensors(config, other, meta.tensor_shapes(config, code), code)
+    tensors = all_head_tensors(config, meta.tensor_shapes(config, code), code)
     names = meta.names_in_memory(model, [each.name for each in tensors if each.is_projection])
     if not names:
         raise UnsupportedFamilyError(

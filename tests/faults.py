@@ -1,0 +1,222 @@
+"""Faults on demand: every operation on the files of a folder counted, then failed or killed, once each."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import signal
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+KINDS = ("ENOSPC", "EIO", "EDQUOT", "SIGKILL")
+_OUTCOMES = "UPTRAIN_OUTCOMES"
+"""Names a file that gets a line of each sweep; `benchmarks/reliability.py` makes a table of it."""
+_HUNG_SECONDS = 60
+
+
+class Point(NamedTuple):
+    """An operation that is about to happen."""
+
+    operation: str
+    path: str
+    """Below the watched folder."""
+    number: int
+    """Which one of these, from 1: threads may swap places, but not the operations on one file."""
+
+
+class Write(NamedTuple):
+    """What a point is about to write; nothing if it does something else."""
+
+    nbytes: int = 0
+    do: Callable[[int], object] = lambda nbytes: None
+    """Writes so many bytes of it."""
+
+    def half(self) -> None:
+        self.do(self.nbytes // 2)
+
+
+Before = Callable[[Point, Write], object]
+"""Acts before a point."""
+
+
+@contextmanager
+def watched(folder: Path, before: Before) -> Iterator[None]:
+    """Act before whatever Python code does to the files of a folder.
+
+    Operations are called as in `os`; to open a file for reading is a `read`. What libraries read in C
+    and Rust is not seen: weights that are mapped into memory, the tokenizer.
+    """
+    home = f"{os.path.realpath(folder)}/"
+    counts: Counter[tuple[str, str]] = Counter()
+    lock = threading.Lock()
+
+    def reach(operation: str, place: str, write: Write = Write()) -> None:
+        if f"{place}/".startswith(home):
+            with lock:
+                counts[operation, place] += 1
+                number = counts[operation, place]
+            before(Point(operation, place[len(home) :] or ".", number), write)
+
+    def with_path(name: str) -> Callable[..., Any]:
+        real = getattr(os, name)
+
+        def act(path: Any, *arguments: Any, dir_fd: int | None = None, **options: Any) -> Any:
+            flags = arguments[0] if name == "open" else os.O_WRONLY
+            is_read = not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            reach("read" if is_read else name, _absolute(path, dir_fd))
+            options |= {} if dir_fd is None else {"dir_fd": dir_fd}
+            return real(path, *arguments, **options)
+
+        return act
+
+    write, fsync, opened = os.write, os.fsync, io.open
+
+    def watch_write(descriptor: int, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        some = Write(len(view), lambda nbytes: write(descriptor, view[:nbytes]))
+        reach("write", _place(descriptor), some)
+        return write(descriptor, data)
+
+    def watch_fsync(descriptor: int) -> None:
+        reach("fsync", _place(descriptor))
+        fsync(descriptor)
+
+    class Raw(io.FileIO):
+        """What lies below the buffers of a file that is written."""
+
+        def write(self, data: Any) -> int:
+            view = memoryview(data).cast("B")
+            some = Write(len(view), lambda nbytes: super(Raw, self).write(view[:nbytes]))
+            reach("write", _place(self.fileno()), some)
+            return super().write(data)
+
+    def watch_open(
+        file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any
+    ) -> Any:
+        place = _place(file) if isinstance(file, int) else _absolute(file)
+        is_read = not set(mode) & set("wxa+")
+        reach("read" if is_read else "open", place)
+        if not place.startswith(home) or is_read:
+            return opened(file, mode, buffering, *text, **options)
+        raw = Raw(file, mode.replace("b", "").replace("t", ""))
+        if buffering == 0:
+            return raw
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, *text, **options)
+
+    names = ("open", "rename", "replace", "unlink", "remove", "rmdir", "mkdir")
+    changes = {name: with_path(name) for name in names}
+    with (
+        mock.patch.multiple(os, write=watch_write, fsync=watch_fsync, **changes),
+        mock.patch("io.open", watch_open),
+        mock.patch("builtins.open", watch_open),
+    ):
+        yield
+
+
+def _absolute(path: Any, dir_fd: int | None = None) -> str:
+    if isinstance(path, int):
+        return _place(path)
+    base = os.getcwd() if dir_fd is None else _place(dir_fd)
+    return os.path.join(base, os.fsdecode(path))
+
+
+def _place(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def points_of(folder: Path, run: Callable[[], object]) -> list[Point]:
+    """Run something, and give its points."""
+    found: list[Point] = []
+    with watched(folder, lambda point, _: found.append(point)):
+        run()
+    return found
+
+
+def raise_at(chosen: Point, kind: str, lasting: bool = False) -> Before:
+    """Let a point fail as a full or broken disk does, half done; and all behind it, if it lasts."""
+    number = getattr(errno, kind)
+    broken = threading.Event()
+
+    def before(point: Point, write: Write) -> None:
+        if point == chosen:
+            write.half()
+            broken.set()
+        if point == chosen or (lasting and broken.is_set()):
+            raise _error(number, point)
+
+    return before
+
+
+def kill_at(chosen: Point) -> Before:
+    """Let the process be killed at a point, half done."""
+
+    def before(point: Point, write: Write) -> None:
+        if point == chosen:
+            write.half()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return before
+
+
+def fill_after(nbytes: int) -> Before:
+    """Let the disk be full after so many bytes."""
+    left = nbytes
+
+    def before(point: Point, write: Write) -> None:
+        nonlocal left
+        if write.nbytes > left:
+            write.do(left)
+            raise _error(errno.ENOSPC, point)
+        left -= write.nbytes
+
+    return before
+
+
+def _error(number: int, point: Point) -> OSError:
+    """Make what the system would raise: it names no file that is open already."""
+    named = () if point.operation in ("write", "fsync") else (point.path,)
+    return OSError(number, os.strerror(number), *named)
+
+
+def in_child(run: Callable[[], object]) -> int:
+    """Run something in a fork of this process; gives the status it ended with, as `waitpid` does."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(_HUNG_SECONDS)
+        try:
+            torch.set_num_threads(1)  # makes its pool anew, before threads race for it
+            run()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def tree(folder: Path) -> dict[str, str | None]:
+    """Give the SHA-256 of all files below a folder, by their names; None for a folder."""
+    return {
+        path.relative_to(folder).as_posix(): None
+        if path.is_dir()
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def note(**outcome: Any) -> None:
+    """Leave a line for the table, if one is wanted."""
+    if where := os.environ.get(_OUTCOMES):
+        line = json.dumps(outcome) + "\n"
+        descriptor = os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.write(descriptor, line.encode())
+        os.close(descriptor)

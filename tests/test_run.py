@@ -1,0 +1,41 @@
+"""What `run` measures, of which checkpoint, and that it does so once."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import make_recipe, make_source
+
+from uptrain.evaluation import bandwidth, decode
+from uptrain.run import run
+from uptrain.training.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.setattr(decode, "_ROUND_SECONDS", 0)
+    monkeypatch.setitem(bandwidth._BUFFER_BYTES, "cpu", 2**20)
+    original = make_source(tmp_path / "original", num_key_value_heads=4, initializer_range=0.2)
+    text = str(tmp_path / "validation.jsonl")
+    made = make_recipe(tmp_path, source=str(original), steps=2, validation=text)
+    content = made.model_dump(mode="json", exclude_unset=True)
+    asked = {"data": text, "copying": True, "decode": True, "decode_batches": [1, 2]}
+    content |= {"convert": {"num_key_value_heads": 2}, "evaluate": asked}
+    return Recipe.model_validate(content)
+
+
+def test_decoding_is_measured_once_and_all_else_of_both(recipe: Recipe) -> None:
+    found = run(recipe)["evaluations"]
+    assert {"copying", "by_position"} <= found["converted"].keys() & found["final"].keys()
+    assert "decode" not in found["converted"]
+    assert [(row["batch"], row["model"]) for row in found["final"]["decode"]] == [
+        (1, "target"), (1, "reference"), (2, "target"), (2, "reference"),
+    ]  # fmt: skip
+    kept = Path(recipe.output) / "report" / "final.json"
+    assert json.loads(kept.read_text())["decode"] == found["final"]["decode"]
+    before = kept.stat().st_mtime_ns
+    assert run(recipe)["evaluations"]["final"]["decode"] == found["final"]["decode"]
+    assert kept.stat().st_mtime_ns == before
+    other = recipe.evaluate.model_copy(update={"decode_batches": [1]})
+    again = run(recipe.model_copy(update={"evaluate": other}))["evaluations"]
+    assert [row["batch"] for row in again["final"]["decode"]] == [1, 1]

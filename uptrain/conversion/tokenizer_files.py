@@ -1,0 +1,76 @@
+"""Keep a tokenizer what it is when `config.json` changes its `model_type`.
+
+transformers chooses a tokenizer's class by the model's type as well as by the tokenizer's own files.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from uptrain.checkpoint.reader import CONFIG, Checkpoint
+from uptrain.errors import CheckpointError
+from uptrain.loading import has_tokenizer, load_tokenizer
+
+_SETTINGS = (
+    "model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
+    "chat_template",
+)  # fmt: skip
+
+
+def tokenizer_files(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Find the tokenizer files that a checkpoint needs once its config is another one.
+
+    Args:
+        checkpoint: The source.
+        config: Content of the new `config.json`.
+
+    Returns:
+        Content by name: none if the source's own files give the same tokenizer with the new config,
+        or if it has no tokenizer that transformers can load without code; else `tokenizer.json` and a
+        `tokenizer_config.json` that names a class which any config leaves alone.
+    """
+    if not has_tokenizer(checkpoint):
+        return {}
+    try:
+        tokenizer = load_tokenizer(checkpoint)
+    except CheckpointError:
+        return {}
+    if not tokenizer.is_fast or _state(tokenizer) == _state(_with_config(checkpoint, config)):
+        return {}
+    settings = {key: getattr(tokenizer, key, None) for key in _SETTINGS}
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{key: value for key, value in settings.items() if value is not None},
+        **tokenizer.special_tokens_map,
+    }
+    return {
+        "tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": (
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        ).encode(),
+    }
+
+
+def _with_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Any:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        for path in checkpoint.companions:
+            target = folder / checkpoint.companion_name(path)
+            target.parent.mkdir(exist_ok=True)
+            target.symlink_to(path.resolve())
+        try:
+            return load_tokenizer(replace(checkpoint, folder=folder))
+        except CheckpointError:
+            return None
+
+
+def _state(tokenizer: Any) -> tuple[Any, ...] | None:
+    """What decides a tokenizer's output, and which tokens it knows as special."""
+    if tokenizer is None or not tokenizer.is_fast:
+        return None
+    settings = tuple(getattr(tokenizer, key, None) for key in _SETTINGS)
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, settings
