@@ -1,5 +1,6 @@
 """Faults on demand: every operation on the files of a folder counted, then failed or killed, once each."""
 
+import ctypes
 import errno
 import hashlib
 import io
@@ -21,6 +22,8 @@ KINDS = ("ENOSPC", "EIO", "EDQUOT", "SIGKILL")
 _OUTCOMES = "UPTRAIN_OUTCOMES"
 """Names a file that gets a line of each sweep; `benchmarks/reliability.py` makes a table of it."""
 _HUNG_SECONDS = 60
+# Of <sched.h> and <sys/mount.h>.
+_CLONE_NEWNS, _CLONE_NEWUSER, _MS_REC, _MS_PRIVATE = 0x20000, 0x10000000, 0x4000, 0x40000
 
 
 class Point(NamedTuple):
@@ -28,9 +31,10 @@ class Point(NamedTuple):
 
     operation: str
     path: str
-    """Below the watched folder."""
     number: int
     """Which one of these, from 1: threads may swap places, but not the operations on one file."""
+    nbytes: int = 0
+    """What is written."""
 
 
 class Write(NamedTuple):
@@ -64,7 +68,7 @@ def watched(folder: Path, before: Before) -> Iterator[None]:
             with lock:
                 counts[operation, place] += 1
                 number = counts[operation, place]
-            before(Point(operation, place[len(home) :] or ".", number), write)
+            before(Point(operation, place, number, write.nbytes), write)
 
     def with_path(name: str) -> Callable[..., Any]:
         real = getattr(os, name)
@@ -190,6 +194,11 @@ def _error(number: int, point: Point) -> OSError:
 
 def in_child(run: Callable[[], object]) -> int:
     """Run something in a fork of this process; gives the status it ended with, as `waitpid` does."""
+    return os.waitpid(start_child(run), 0)[1]
+
+
+def start_child(run: Callable[[], object]) -> int:
+    """Run something in a fork of this process; gives its number."""
     child = os.fork()
     if child == 0:
         signal.alarm(_HUNG_SECONDS)
@@ -200,7 +209,7 @@ def in_child(run: Callable[[], object]) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    return os.waitpid(child, 0)[1]
+    return child
 
 
 def tree(folder: Path) -> dict[str, str | None]:
@@ -220,3 +229,29 @@ def note(**outcome: Any) -> None:
         descriptor = os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.write(descriptor, line.encode())
         os.close(descriptor)
+
+
+def own_mounts() -> bool:
+    """Let this process mount what no other sees; gives whether the system lets it."""
+    as_root = (_CLONE_NEWNS, _CLONE_NEWNS | _CLONE_NEWUSER)
+    libc = ctypes.CDLL(None, use_errno=True)
+    user = os.geteuid()
+    for flags in as_root if user == 0 else as_root[1:]:
+        if libc.unshare(flags) == 0:
+            if flags & _CLONE_NEWUSER:
+                Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+            return bool(libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0)
+    return False
+
+
+@contextmanager
+def small_disk(folder: Path, nbytes: int) -> Iterator[None]:
+    """Let a folder be a disk of its own, after `own_mounts`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    place, options = os.fsencode(folder), f"size={nbytes}".encode()
+    if libc.mount(b"tmpfs", place, b"tmpfs", 0, options) != 0:
+        raise OSError(ctypes.get_errno(), "tmpfs cannot be mounted")
+    try:
+        yield
+    finally:
+        libc.umount(place)

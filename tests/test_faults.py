@@ -1,11 +1,16 @@
 """Every operation on files fails or is killed, once: what is there is whole, and the next run ends well."""
 
 import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,15 @@ import pytest
 import torch
 from faults import (
     Point,
+    fill_after,
     in_child,
     kill_at,
     note,
+    own_mounts,
     points_of,
     raise_at,
+    small_disk,
+    start_child,
     tree,
     watched,
 )
@@ -30,10 +39,11 @@ from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.staging import replace_file
 from uptrain.conversion.convert import convert
 from uptrain.data.shards import TokenShards
-from uptrain.errors import DataError, UptrainError
+from uptrain.errors import CheckpointError, DataError, TrainingError, UptrainError
 from uptrain.loading import load_model
 from uptrain.run import run
 from uptrain.training.export import export_checkpoint
+from uptrain.training.guard import locked
 from uptrain.training.loop import finetune
 from uptrain.training.saved import clean_states, find_states
 from uptrain.training.state import StateWriter
@@ -362,7 +372,8 @@ def sweep(name: str, folder: Path, kinds: tuple[str, ...], share: int, shares: i
             try:
                 swept.act(point, kind)
             except Exception as error:
-                failures.append(f"{point} {kind}: {type(error).__name__}: {error}")
+                where = f"{kind} at {point.operation} {point.number} of {point.path}"
+                failures.append(f"{where}: {type(error).__name__}: {error}")
     assert not failures, f"{len(failures)} failures\n" + "\n".join(failures[:10])
     points = Counter(point.operation for point in swept.points[share::shares])
     note(
@@ -377,8 +388,8 @@ def sweep(name: str, folder: Path, kinds: tuple[str, ...], share: int, shares: i
 
 BRIEF = ("any error", "SIGKILL")
 FAST = {
-    "convert": ALL,
-    "convert --overwrite": ALL,
+    "convert": ("any error", "EIO from then on", "SIGKILL"),
+    "convert --overwrite": ("any error", "EIO from then on", "SIGKILL"),
     "training checkpoint": ALL,
     "export": BRIEF,
     "model card": ALL,
@@ -390,4 +401,230 @@ FAST = {
 @pytest.mark.parametrize("name", FAST)
 def test_every_point_fails_and_is_killed_once(name: str, tmp_path: Path) -> None:
     (points,) = in_processes(1, sweep, name, tmp_path, FAST[name], 0, 1)
-    assert points >= 8
+    assert points > 5
+
+
+SHARES = {"convert --calibration": 4, "finetune": 16, "run": 4}
+SLOW = [
+    (name, share, SHARES.get(name, 1))
+    for name in OPERATIONS
+    for share in range(SHARES.get(name, 1))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "share", "shares"), SLOW)
+def test_every_point_fails_in_every_way(name: str, share: int, shares: int, tmp_path: Path) -> None:
+    in_processes(
+        1, sweep, name, tmp_path, BRIEF if name in ("finetune", "run") else ALL, share, shares
+    )
+
+
+def fill(name: str, folder: Path, thresholds: int) -> None:
+    """Let the disk be full after so many bytes as are written, and fewer."""
+    swept = Sweep(name, folder)
+    written = sum(point.nbytes for point in swept.points)
+    for part in range(thresholds):
+        swept.start()
+        swept.fail(lambda: swept.run_with(fill_after(written * part // thresholds)), False)
+        swept.judge("full")
+    assert swept.outcomes.keys() <= {"full: absent", "full: old"}
+    note(fault="disk full", operation=name, points=thresholds, outcomes=swept.outcomes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["convert", "training checkpoint"]
+    + [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("convert --overwrite", "convert --calibration", "export", "token shards")
+    ],
+)
+def test_a_disk_that_fills_at_any_byte_leaves_nothing_half(name: str, tmp_path: Path) -> None:
+    in_processes(1, fill, name, tmp_path, 50)
+
+
+def fill_tmpfs(folder: Path, thresholds: int) -> int | None:
+    """Convert to disks of growing size; gives how many were too small, None if none can be made."""
+    if not own_mounts():
+        return None
+    prepare_conversion(folder)
+    disk = folder / "disk"
+    disk.mkdir()
+    to_two(folder)
+    pages = sum(-(-path.stat().st_size // 4096) for path in (folder / "target").iterdir())
+    expected, source = tree(folder / "target"), tree(folder / "source")
+    refused = full = 0
+    for part in range(thresholds + 1):
+        nbytes = max(1, pages * part // thresholds) * 4096
+        for is_other_filling in (False, True):
+            with small_disk(disk, nbytes), pytest.MonkeyPatch.context() as patch:
+                if is_other_filling:  # there was room when that was looked at
+                    patch.setattr(
+                        "shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2**40)
+                    )
+                try:
+                    convert(folder / "source", disk / "target", 2, max_shard_bytes=100_000)
+                    assert tree(disk / "target") == expected
+                except CheckpointError as error:
+                    refused += " free; make room" in str(error)
+                    full += "cannot be written (No space left on device)" in str(error)
+                    assert tree(disk) == {}
+    assert tree(folder / "source") == source
+    note(
+        fault="small disk",
+        operation="convert",
+        points=thresholds,
+        outcomes={"refused": refused, "full: absent": full},
+    )
+    return refused, full
+
+
+def test_a_small_disk_is_refused_or_left_empty(tmp_path: Path) -> None:
+    (found,) = in_processes(1, fill_tmpfs, tmp_path, 50)
+    if found is None:
+        pytest.skip("this system lets nobody mount a disk")
+    refused, full = found
+    assert refused + full == 100  # of 102, the two largest being large enough
+    assert refused > 40  # all but those that lack the small files, or the rest of a page
+
+
+def kill_at_random(name: str, folder: Path, kills: int) -> None:
+    """Kill runs after some time, wherever they are by then."""
+    swept = Sweep(name, folder)
+    swept.start()
+    begun = time.monotonic()
+    assert in_child(swept.run) == 0
+    took = time.monotonic() - begun
+    chooser = random.Random(0)
+    for _ in range(kills):
+        swept.start()
+        child = start_child(swept.run)
+        time.sleep(chooser.uniform(0, took))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        swept.judge("SIGKILL")
+    note(fault="random SIGKILL", operation=name, points=kills, outcomes=swept.outcomes)
+
+
+@pytest.mark.parametrize(
+    ("name", "kills"),
+    [
+        ("convert", 20),
+        pytest.param("convert", 100, marks=pytest.mark.slow),
+        pytest.param("convert --overwrite", 50, marks=pytest.mark.slow),
+        pytest.param("convert --calibration", 50, marks=pytest.mark.slow),
+        pytest.param("finetune", 100, marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_at_any_time_leaves_nothing_half(name: str, kills: int, tmp_path: Path) -> None:
+    in_processes(1, kill_at_random, name, tmp_path, kills)
+
+
+def race(folder: Path, rounds: int) -> dict[str, int]:
+    """Let two conversions begin at once, with one target that one of them may replace."""
+    prepare_conversion(folder)
+    whole = []
+    for method in ("mean", "first"):
+        to_two(folder, method=method)
+        whole.append(tree(folder / "target"))
+        shutil.rmtree(folder / "target")
+    before = tree(folder)
+    outcomes: Counter[str] = Counter()
+
+    def attempt(method: str, overwrite: bool) -> None:
+        try:
+            to_two(folder, method=method, overwrite=overwrite)
+        except CheckpointError as error:
+            polite = ("another process is writing it right now", "exists already")
+            print(method, overwrite, error, file=sys.stderr)
+            os._exit(3 if any(text in str(error) for text in polite) else 4)
+
+    for number in range(rounds):
+        overwrite = number % 2 == 1
+        if not overwrite:
+            shutil.rmtree(folder / "target", ignore_errors=True)
+        children = [
+            start_child(lambda method=method: attempt(method, overwrite))
+            for method in ("mean", "first")
+        ]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert set(codes) <= {0, 3}, codes
+        assert 0 in codes
+        outcomes[f"{codes.count(0)} won"] += 1
+        assert tree(folder / "target") in whole
+        assert {path for path in tree(folder) if not path.startswith("target/")} == {
+            *before,
+            "target",
+        }
+    note(fault="two at once", operation="convert", points=rounds, outcomes=outcomes)
+
+
+@pytest.mark.parametrize("rounds", [20, pytest.param(500, marks=pytest.mark.slow)])
+def test_of_two_conversions_to_one_target_one_wins_whole(rounds: int, tmp_path: Path) -> None:
+    in_processes(1, race, tmp_path, rounds)
+
+
+def lock_and_die(output: Path) -> None:
+    with locked(output):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_run_releases_its_output(tmp_path: Path) -> None:
+    status = in_processes(1, in_child, partial(lock_and_die, tmp_path))
+    assert os.waitstatus_to_exitcode(status[0]) == -signal.SIGKILL
+    with (
+        locked(tmp_path),
+        pytest.raises(TrainingError, match="another run is at work"),
+        locked(tmp_path),
+    ):
+        pass
+
+
+def modes(name: str, folder: Path) -> set[int]:
+    """Give the modes of all that an operation makes, under an unusual mask."""
+    swept = Sweep(name, folder)
+    swept.start()
+    os.umask(0o027)
+    made_before = {path for path in swept.work.rglob("*")}
+    swept.run()
+    return {path.stat().st_mode & 0o777 for path in {*swept.work.rglob("*")} - made_before}
+
+
+@pytest.mark.parametrize("name", ["convert", "training checkpoint", "token shards", "finetune"])
+def test_modes_follow_the_umask(name: str, tmp_path: Path) -> None:
+    (found,) = in_processes(1, modes, name, tmp_path)
+    assert found <= {0o750, 0o640}
+
+
+DIGESTS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from faults import tree
+from test_faults import OPERATIONS, to_two
+import os, shutil
+for name in OPERATIONS:
+    if name in sys.argv[3:]:
+        folder = Path(sys.argv[2]) / name
+        folder.mkdir()
+        OPERATIONS[name].prepare(folder)
+        OPERATIONS[name].run(folder)
+        print(name, sorted(tree(folder / OPERATIONS[name].final).items()))
+"""
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_processes_that_hash_otherwise_write_the_same_bytes(processes: int, tmp_path: Path) -> None:
+    names = ["convert --overwrite", "convert --calibration", "training checkpoint", "finetune"]
+    printed = set()
+    for number in range(processes):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = [sys.executable, "-c", DIGESTS, str(Path(__file__).parent), str(folder), *names]
+        environment = os.environ | {"PYTHONHASHSEED": str(number), "ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        printed.add(done.stdout)
+    assert len(printed) == 1
+    assert len(printed.pop().splitlines()) == len(names)
+    note(fault="hash seeds", operation="all", points=processes, outcomes={"same bytes": processes})

@@ -37,7 +37,7 @@ def test_both_parts_together_are_the_model(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_of_a_few_tokens_is_that_of_all(family):
-    model, parts = split_of(family)
+    _, parts = split_of(family)
     tokens = torch.randint(0, VOCAB, (2, 9))
     with torch.no_grad():
         hidden = parts.hidden(input_ids=tokens)

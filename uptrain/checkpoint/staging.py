@@ -146,15 +146,21 @@ def check_room(target: Path, needed_bytes: int) -> None:
     parent = Path(os.path.abspath(target))
     # What a killed run left there is removed before anything is written, or used.
     staging, _, partial = side_folders(parent)
-    left = sum(path.lstat().st_size for side in (staging, partial) for path in side.rglob("*"))
+    left = 0
+    with suppress(FileNotFoundError):  # another run is at work there
+        left = sum(path.lstat().st_size for side in (staging, partial) for path in side.rglob("*"))
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free + left
     if free < needed_bytes:
         raise CheckpointError(
-            f"{target}: needs {needed_bytes / 2**30:.2f} GiB, its disk has {free / 2**30:.2f} GiB "
-            "free; make room, or choose another disk"
+            f"{target}: needs {_size(needed_bytes)}, its disk has {_size(free)} free; "
+            "make room, or choose another disk"
         )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def write_json(path: Path, content: Any) -> str:
