@@ -72,7 +72,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
             asked.set()
         elif time.monotonic() - since > _ECHO_SECONDS:
             restore()
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread, so that it acts at once
 
     for number in before:
         signal.signal(number, ask)
