@@ -13,8 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from uptrain.checkpoint import reader
-from uptrain.checkpoint.reader import Checkpoint, open_checkpoint, read_header
+from uptrain.checkpoint import files
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.tensors import DTYPES, read_header
 from uptrain.errors import CheckpointError
 
 CONFIG = {"model_type": "llama"}
@@ -56,7 +57,7 @@ def raw(source: Checkpoint, name: str) -> bytes:
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
-    return {name: torch.ones(3, 2).to(dtype) for name, dtype in reader.DTYPES.items()}
+    return {name: torch.ones(3, 2).to(dtype) for name, dtype in DTYPES.items()}
 
 
 def test_safetensors_are_read_as_the_library_reads_them(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_header_length_that_looks_like_html_is_no_web_page(length: int, tmp_pa
 
 
 def test_large_tensors_come_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 6)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 6)
     source = open_checkpoint(checkpoint(tmp_path / "source"))
     assert [len(chunk) for chunk in source.chunks("a")] == [6, 6, 4]
     assert torch.equal(source.read("a"), torch.arange(4.0))
@@ -107,7 +108,7 @@ def test_chunks_are_full_even_where_a_read_is_short(
         def readinto(self, buffer: Any) -> int:
             return super().readinto(memoryview(buffer)[:3])
 
-    monkeypatch.setattr(reader, "CHUNK_BYTES", 6)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 6)
     monkeypatch.setattr(
         Path,
         "open",
@@ -364,7 +365,7 @@ def test_json_that_could_not_be_written_again_is_refused(tmp_path: Path, content
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json: is not valid JSON"):
-        reader.read_json(path)
+        files.read_json(path)
 
 
 def test_what_is_neither_folder_nor_within_reach_is_named(

@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from uptrain.checkpoint.reader import read_json
+from uptrain.checkpoint.files import check_link, read_json
 from uptrain.checkpoint.staging import replace_file, staged_folder, write_json
 from uptrain.data import Documents, Source, open_source
 from uptrain.data.tokenise import STARTS, tokenizer_digest, write_shards
-from uptrain.errors import CheckpointError, DataError
+from uptrain.errors import CheckpointError, DataError, one_line
 from uptrain.progress import progress
 
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 2**26
 _SEEN = "seen.json"
 _FORMAT = 2
+_DTYPES = ("<u2", "<u4")
 _HASHED_BYTES = 2**24
 
 
@@ -77,6 +78,8 @@ class TokenShards:
             manifest = read_json(folder / MANIFEST)
             if manifest.get("format") != _FORMAT:
                 raise ValueError(f"format {manifest.get('format')}, expected {_FORMAT}")
+            if manifest["dtype"] not in _DTYPES:
+                raise ValueError(f"dtype {manifest['dtype']}, expected {' or '.join(_DTYPES)}")
             shards = cls(folder, manifest)
             start = 0
             for shard in manifest["shards"]:
@@ -89,7 +92,7 @@ class TokenShards:
             shards._documents = _map(folder, STARTS, "<u8", manifest["documents"])
         except (CheckpointError, OSError, ValueError, TypeError, KeyError) as error:
             raise DataError(
-                f"{folder}: its token shards cannot be used ({error}); remove the folder"
+                f"{folder}: its token shards cannot be used ({one_line(error)}); remove the folder"
             ) from error
         return shards
 
@@ -141,6 +144,7 @@ class TokenShards:
 
 def _map(folder: Path, name: str, dtype: str, count: int) -> npt.NDArray[Any]:
     path = folder / Path(name).name
+    check_link(path, folder)
     mapped = np.memmap(path, np.dtype(dtype), mode="r")
     if len(mapped) != count:
         raise ValueError(f"{path.name} holds {len(mapped)} entries, expected {count}")

@@ -128,5 +128,6 @@ def _apply_template(messages: Any, key: str, where: str, tokenizer: Any) -> str:
 def unreadable(path: str | Path, error: Exception) -> DataError:
     """Say that a file is damaged or cannot be opened."""
     return DataError(
-        f"{path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
+        f"{path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)}); "
+        "check the disk, or fetch the file again"
     )

@@ -71,7 +71,12 @@ class Batches:
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides which tokens come when, by the key of the recipe."""
+        files = {
+            f"data.train[{number}]": {"name": each["file"], "sha256": each["sha256"]}
+            for number, each in enumerate(self.shards.manifest["sources"])
+        }
         return {
+            **files,  # before the digest of all that was made of them: a difference is named better
             "data.train": self.shards.digest,
             "data.seed": self.seed,
             "weight in data.train": list(self._order.shares) if self.weights else None,

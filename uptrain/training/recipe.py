@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from uptrain.errors import RecipeError
+from uptrain.errors import RecipeError, one_line
 from uptrain.training.options import SECTIONS, Recipe
 from uptrain.training.shipped import (
     copy_recipe,
@@ -23,10 +23,11 @@ from uptrain.training.strict_yaml import parse_yaml
 __all__ = ["Recipe", "copy_recipe", "load_recipe", "shipped_recipes"]
 
 EXAMPLES_PREFIX = "examples:"
-_MAX_BYTES = 2**20
+_MAX_BYTES = 2**18  # of which YAML takes seconds already
 _LIKE = 0.6  # from here on one key may have been meant for another
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PATHS = (
+_MOST_ID_CHARACTERS = 96  # the hub's own limit
+PATHS = (
     "source",
     "output",
     "data.train",
@@ -90,10 +91,12 @@ def _find(path_or_name: str | Path) -> tuple[Path, Path]:
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{path}: is too large for a recipe")
+            raise RecipeError(f"{path}: is too large for a recipe; expected some lines of YAML")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({str(error)[:120]})") from error
+        raise RecipeError(
+            f"{path}: cannot be read as UTF-8 text ({one_line(error)[:120]}); correct it"
+        ) from error
 
 
 def _merge(content: dict[Any, Any], nested: dict[Any, Any], override: str) -> None:
@@ -115,7 +118,7 @@ def _at(content: Any, dotted: str) -> tuple[dict[Any, Any], str] | None:
 
 
 def _resolve_paths(content: dict[Any, Any], base: Path) -> None:
-    for dotted in _PATHS:
+    for dotted in PATHS:
         if (found := _at(content, dotted)) is None:
             continue
         section, key = found
@@ -141,7 +144,8 @@ def _resolve(value: Any, base: Path, dotted: str) -> Any:
     with contextlib.suppress(RuntimeError):  # no home folder is known
         value = str(Path(value).expanduser())
     may_be_id = dotted in ("source", "train.teacher", "dataset")
-    if may_be_id and _HUB_ID.fullmatch(value) and not (base / value).exists():
+    is_short = len(value) <= _MOST_ID_CHARACTERS
+    if may_be_id and is_short and _HUB_ID.fullmatch(value) and not (base / value).exists():
         return value
     return str(base / value)
 
@@ -150,7 +154,7 @@ def _explain(error: ValidationError) -> str:
     """Say what is wrong, unknown keys first (they cause other errors), and the way out."""
     errors = error.errors(include_url=False)
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
-    dotted = ".".join(map(str, first["loc"]))[:100]
+    dotted = one_line(".".join(map(str, first["loc"])))[:100]
     if first["type"] == "extra_forbidden":
         return f"unknown key {dotted}; {_suggest(dotted)}"
     if first["type"] == "missing":

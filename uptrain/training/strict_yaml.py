@@ -7,23 +7,49 @@ import yaml
 
 from uptrain.errors import RecipeError
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_MOST_DEPTH = 20
+_MOST_DIGITS = 40  # long ones take quadratic time to read, and cannot be shown
+
 
 class _StrictLoader(yaml.SafeLoader):
-    """No tags beyond the safe ones, no aliases (they can be bombs), no key twice."""
+    """No tags, no aliases (they can be bombs), no key twice, no text that no path can hold."""
 
+    depth = 0
+
+    # PyYAML's stubs give its parser no types.
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            # PyYAML's stubs give its parser no types.
-            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"line {line}: aliases are refused")
-        return super().compose_node(parent, index)
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"{line}: aliases are refused")
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"{line}: tags are refused")
+        self.depth += 1
+        if self.depth > _MOST_DEPTH:
+            raise yaml.YAMLError(f"{line}: nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        node = super().compose_scalar_node(anchor)
+        line = f"line {node.start_mark.line + 1}"
+        if node.tag in _NUMBERS and len(node.value) > _MOST_DIGITS:
+            raise yaml.YAMLError(f"{line}: a number of {len(node.value)} characters")
+        if re.search("[\0\ud800-\udfff]", node.value):
+            raise yaml.YAMLError(f"{line}: a NUL or half a surrogate pair")
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise yaml.YAMLError(f"the block at line {line} has the key {key} twice")
+        seen = set()
+        line = node.start_mark.line + 1
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"the block at line {line} has a key that is no word")
+            if key.value in seen:
+                raise yaml.YAMLError(f"the block at line {line} has the key {key.value} twice")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -43,7 +69,8 @@ def parse_yaml(text: str, where: str) -> Any:
         where: What to name in an error: a file, an override.
 
     Raises:
-        RecipeError: If it is malformed, has tags, aliases, or a key twice.
+        RecipeError: If it is malformed, has tags, aliases, a key twice, or a value that nothing can
+            be called.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
