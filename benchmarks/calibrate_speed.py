@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import uptrain
-from uptrain.checkpoint.reader import tensor_chunks
 from uptrain.checkpoint.staging import write_json
+from uptrain.checkpoint.tensors import tensor_chunks
 from uptrain.checkpoint.writer import TensorSpec, write_tensors
-from uptrain.conversion import calibrate, repair
+from uptrain.conversion import repair, walk
 from uptrain.conversion.residual import ResidualStreams
 from uptrain.conversion.stream import LayerStream
 
@@ -97,8 +97,8 @@ def main() -> None:
     options = parser.parse_args()
     seconds: dict[str, float] = defaultdict(float)
     timed(LayerStream, "layer", "load a layer", seconds)
-    timed(calibrate, "find_freedom", "probe its freedom", seconds)
-    timed(calibrate, "merge_heads", "group and factorize", seconds)
+    timed(walk, "find_freedom", "probe its freedom", seconds)
+    timed(walk, "merge_heads", "group and factorize", seconds)
     timed(repair, "refit_output", "refit", seconds)
     timed(repair, "fit_layer", "reconstruct", seconds)
     timed(ResidualStreams, "map", "run both models", seconds)

@@ -67,9 +67,11 @@ transformers, exchanged groups do not, and no key is missing, unexpected or of a
   calibration. Behind it is what may be done to the basis of a value and of a key head, found by probing the
   attention of a tiny model (`docs/methods.md`).
 * **known to be MHA**: from memory of their configs; compare `num_key_value_heads` before you rely on it.
-* **runtimes**: those whose own model code accepts the result, if they know the family at all; read in the
-  source of vLLM (ee92a6f, 4652ef5, 4ae0583, 4819ff7, 7477b4f, ccf9c9b, 52e9d6f) and of llama.cpp
-  (conversion/*.py), not run.
+* **runtimes**: those whose own code for the family accepts the result, as read in the source of vLLM (0002bff,
+  ee92a6f, 4652ef5, 4ae0583, 4819ff7, 7477b4f, ccf9c9b, 52e9d6f), of llama.cpp (as in llama-cpp-python 0.3.36) and
+  of CTranslate2 4.8.5. Run were Llamas only, with the last two (`tests/test_real_runtimes.py`); vLLM was not.
+  A runtime that is not named may still take a family whose class was not read, as those of images and speech
+  were not: `uptrain inspect` says "not known" of these.
 
 | family | key | layout | methods | known to be MHA | runtimes |
 |---|---|---|---|---|---|
@@ -108,7 +110,9 @@ def row(name: str) -> list[str]:
         except UnsupportedFamilyError:
             methods = "pooling"
         else:
-            freedoms = [layer["freedom"] for layer in made["layers"] if layer["freedom"]]
+            layers = [layer for layer in made["layers"] if layer["freedom"]]
+            blocks = [block for layer in layers for block in layer["blocks"].values() or [layer]]
+            freedoms = [block["freedom"] for block in blocks]
             bases = {f"value {f['value']}, key {f['key']}" for f in freedoms}
             methods = f"all: {'; '.join(sorted(bases))}"
     return [family, key, layouts, methods, known, runs]
@@ -137,7 +141,16 @@ def rewritten() -> str:
 
 They are rewritten while converting, exactly; what begins with `gqa_` is transformers' own class in the
 smallest modeling file that gives it KV heads, which the checkpoint then brings along. Checked by
-`tests/test_rewrites.py` and `tests/test_carried.py`.
+`tests/test_rewrites.py` and `tests/test_carried.py`. All of them allow align, factorize and calibration, with
+every invertible map of value and key heads but where rotary embedding leaves less (`tests/test_encoder.py`);
+whisper is calibrated on speech.
+
+baichuan (of 7B), chatglm (the second and third), internlm, internlm2 and qwen (the first) are known to
+transformers only by code of the checkpoints' own. They are rewritten by the layout of their tensors, and that
+code is not run; tiktoken and sentencepiece files become a `tokenizer.json`. Checked against the originals'
+arithmetic by `tests/test_remote_code.py`, against tiktoken and sentencepiece by
+`tests/test_remote_tokenizers.py`. The plan says what stays behind: methods such as `chat()`, and how Qwen and
+InternLM stretch positions beyond the length that they were trained on.
 
 | family | becomes, in order of preference |
 |---|---|

@@ -36,7 +36,7 @@ BART = {
     "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
 }  # fmt: skip
 WHISPER = {
-    **BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 30,
+    **BART, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64,
     "suppress_tokens": None, "begin_suppress_tokens": None,
 }  # fmt: skip
 OPT = {
@@ -226,16 +226,6 @@ def test_generates_what_the_stock_model_does(
     assert {layer.keys.shape[1] for part in parts for layer in part.layers} == {2}
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
-def test_layers_absorb_changes_of_basis(model_type: str, tmp_path: Path) -> None:
-    source = make_source(model_type, tmp_path / "source")
-    make_equal(source, 2)
-    uptrain.convert(source, tmp_path / "target", 2, method="factorize")
-    found = logits(load(tmp_path / "target"), model_type)
-    expected = logits(load(source), model_type)
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()  # written in float32
-
-
 def test_attention_weights_have_all_query_heads(tmp_path: Path) -> None:
     source = make_source("t5", tmp_path / "source")
     uptrain.convert(source, tmp_path / "target", 1)
@@ -326,14 +316,6 @@ def test_other_attention_is_refused_by_name(
     )
     with pytest.raises(UnsupportedFamilyError, match=f"^{model_type}: .*{message}"):
         find_rewrites({**config.to_dict(), **overrides}, f"gqa_{model_type}")
-
-
-@pytest.mark.parametrize("model_type", ["t5", "whisper", "bert"])
-def test_what_needs_layers_is_refused_with_a_way_out(model_type: str, tmp_path: Path) -> None:
-    source = make_source(model_type, tmp_path / "source")
-    with pytest.raises(UnsupportedFamilyError, match="use --method mean without --calibration"):
-        uptrain.convert(source, tmp_path / "target", 2, method="factorize")
-    assert not (tmp_path / "target").exists()
 
 
 def test_an_encoder_decoder_is_not_evaluated_on_text(tmp_path: Path) -> None:

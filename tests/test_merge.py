@@ -20,13 +20,13 @@ import uptrain
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.conversion.attention import (
     AttentionHeads,
-    find_layers,
     read_heads,
     write_heads,
 )
 from uptrain.conversion.freedom import Basis, Freedom
 from uptrain.conversion.merge import merge_heads
 from uptrain.conversion.plan import plan_conversion
+from uptrain.conversion.stacks import find_stacks
 
 # Layers are merged from float32 weights, so float64 checkpoints agree to float32 rounding only.
 ROUNDING = 1e-4
@@ -146,9 +146,9 @@ def changed(parts: AttentionHeads, kind: Kind, rigid: bool, seed: int) -> Attent
 def attention_layers(folder: Path, count: int) -> Iterator[tuple[str, Any, Any]]:
     """Find each attention block: its layer's prefix in memory, its names, the source's head counts."""
     plan = plan_conversion(open_checkpoint(folder), count)
-    layers, stack = find_layers(plan.checkpoint, plan.head_tensors, plan.heads, None)
-    for index, names in layers.items():
-        yield f"{stack}.{index}.", names, plan.heads
+    for stack, blocks in find_stacks(plan.checkpoint, plan.head_tensors, None).items():
+        for index, (names,) in blocks.items():
+            yield f"{stack}.{index}.", names, plan.heads
 
 
 def build(
@@ -175,7 +175,7 @@ def build(
         for target, content in ((state, parts), (after, made)):
             target |= {prefix + n: t for n, t in write_heads(content, names).items()}
         for name, tensor in layer.items():
-            if name in names.layouts and name.split(".")[-2] not in names.projections:
+            if name in names.layouts and not names.is_projection(name):
                 whole = tensor.unflatten(0, (heads.num_key_value_heads, -1))[first]
                 state[prefix + name] = whole.flatten(0, 1)
             if kind.equal_gains and name.split(".")[-2] in ("q_norm", "k_norm"):

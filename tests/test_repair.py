@@ -1,7 +1,5 @@
 """Repairing a layer: the fit, the two residual streams, and what counts as a plain block."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,17 @@ from tiny import save, tiny_config, tiny_model
 from torch import nn
 
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.conversion.attention import AttentionNames, find_layers
-from uptrain.conversion.fit import Fit, fit_layer, orthogonalize, relative_error
+from uptrain.conversion.attention import AttentionNames
+from uptrain.conversion.fit import Fit, Rows, fit_layer, orthogonalize, relative_error
+from uptrain.conversion.partway import run_attention
 from uptrain.conversion.plan import plan_conversion
-from uptrain.conversion.repair import is_plain, refit_output, run_attention
+from uptrain.conversion.repair import is_plain, refit_output
 from uptrain.conversion.residual import ResidualStreams
+from uptrain.conversion.stacks import find_stacks
 from uptrain.conversion.stream import LayerStream
 
 CPU = torch.device("cpu")
+ALL = slice(None)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,7 +38,7 @@ class Block(nn.Module):
         self.second = nn.Linear(20, 12, bias=False)
         self.gain = nn.Parameter(torch.ones(12))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
         return self.second(self.first(hidden)) * self.gain
 
 
@@ -160,14 +161,16 @@ class Layers:
         save(tiny_model(tiny_config(model_type, **overrides)).float(), folder)
         checkpoint = open_checkpoint(folder)
         self.plan = plan_conversion(checkpoint, 2)
-        names, stack = find_layers(checkpoint, self.plan.head_tensors, self.plan.heads, None)
+        ((stack, blocks),) = find_stacks(checkpoint, self.plan.head_tensors, None).items()
         self.stream = LayerStream(checkpoint, checkpoint.config, stack, CPU)
         self.target = LayerStream(checkpoint, self.plan.config, stack, CPU, None, self.stream)
         self.layer = self.stream.layer(0)
-        self.names: AttentionNames = names[0]
-        self.run: Callable[[torch.Tensor], torch.Tensor] = partial(self.stream.run, self.layer, 0)
+        self.blocks: tuple[AttentionNames, ...] = blocks[0]
         entering = self.stream.embed(torch.arange(1, 25)[None])
         self.probe = entering + draw(*entering.shape) * entering.std()
+
+    def run(self, hidden: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
+        return self.stream.run(self.layer, 0, hidden)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the model classes themselves
@@ -192,14 +195,14 @@ def test_plain_blocks(
     model_type: str, overrides: dict[str, Any], plain: bool, tmp_path: Path
 ) -> None:
     layers = Layers(tmp_path, model_type, **overrides)
-    assert is_plain(layers.layer, layers.names, layers.run, layers.probe) is plain
+    assert is_plain(layers.layer, layers.blocks, layers.run, layers.probe) is plain
 
 
 def test_attention_is_run_and_nothing_behind_it(tmp_path: Path) -> None:
     layers = Layers(tmp_path, "llama")
     layer = layers.layer
     with torch.no_grad():
-        found = run_attention(layer, layers.names, layers.run)(layers.probe)
+        found = run_attention(layer, layers.blocks, layers.run)(layers.probe, ALL)
         layer.mlp.down_proj.weight.zero_()
         assert torch.allclose(found, layers.run(layers.probe), atol=1e-6)
     assert not layer.self_attn._forward_hooks
@@ -208,15 +211,16 @@ def test_attention_is_run_and_nothing_behind_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_refit_brings_back_a_damaged_projection(bias: bool, tmp_path: Path) -> None:
     layers = Layers(tmp_path, "llama", attention_bias=bias)
-    wanted = run_attention(layers.layer, layers.names, layers.run)
+    wanted = run_attention(layers.layer, layers.blocks, layers.run)
     hidden = draw(8, 24, 64)
     with torch.no_grad():
-        targets = wanted(hidden)
+        targets = wanted(hidden, ALL)
         projection = layers.layer.self_attn.o_proj
         original = projection.weight.clone()
         projection.weight.add_(draw(64, 64, seed=3) * original.std())
-        pairs = zip(hidden.split(2), targets.split(2), strict=True)
-        refit = refit_output(layers.layer, layers.names, layers.run, pairs)
+        cut = (slice(first, first + 2) for first in range(0, 8, 2))
+        batches = [(hidden[rows], targets[rows], rows) for rows in cut]
+        refit = refit_output(layers.layer, layers.blocks, layers.run, batches)
     assert refit.error_after < 1e-2 * refit.error_before
     assert (projection.weight - original).norm() < 0.3 * draw(64, 64, seed=3).mul(
         original.std()
@@ -242,7 +246,7 @@ def test_streams_hold_what_enters_each_layer(tmp_path: Path) -> None:
     error = streams.error(run, original)
     with torch.no_grad():
         assert error == pytest.approx(
-            float(relative_error(run(streams.original), expected)), rel=1e-4
+            float(relative_error(run(streams.original, ALL), expected)), rel=1e-4
         )
     assert streams.error(original, original) == 0
     streams.move(0, source, source)
@@ -255,4 +259,4 @@ def test_sequences_beyond_whole_batches_are_left_out(tmp_path: Path) -> None:
     streams = ResidualStreams(layers.stream, layers.target, torch.ones(300, 16, dtype=torch.long))
     assert streams.batch == 256
     assert len(streams.original) == 256
-    assert [len(part) for part in streams.some_batches(streams.original, 1)] == [256]
+    assert streams.some_batches(1) == [slice(0, 256)]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import uptrain
 from uptrain.checkpoint.reader import open_checkpoint
-from uptrain.conversion.attention import find_layers
 from uptrain.conversion.plan import plan_conversion
+from uptrain.conversion.stacks import find_stacks
 from uptrain.conversion.stream import LayerStream
 from uptrain.errors import UnsupportedFamilyError
 
@@ -30,7 +30,7 @@ COUNTS = {"diffllama": 2}
 def stream_of(folder: Path, count: int = 1) -> LayerStream:
     checkpoint = open_checkpoint(folder)
     plan = plan_conversion(checkpoint, count)
-    _, stack = find_layers(checkpoint, plan.head_tensors, plan.heads, None)
+    (stack,) = find_stacks(checkpoint, plan.head_tensors, None)
     return LayerStream(checkpoint, checkpoint.config, stack, CPU)
 
 

@@ -217,6 +217,6 @@ def _restoring(size: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _check_pairing(key: Tensor, query: Tensor) -> None:
-    """Raise ValueError unless query [m, q, d, i] belongs to key [m, d, i]."""
-    if (query.shape[0], *query.shape[2:]) != tuple(key.shape):
+    """Raise ValueError unless query [m, q, d, …] belongs to key [m, d, …]."""
+    if (query.shape[0], query.shape[2]) != tuple(key.shape[:2]):
         raise ValueError(f"query {list(query.shape)} does not belong to key {list(key.shape)}")

@@ -4,18 +4,20 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import UnsupportedFamilyError
-from uptrain.families import meta
 from uptrain.families.layouts import join_heads, split_heads
 from uptrain.families.schema import Heads, HeadTensor, Layout
 
-_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
+# Queries, keys and values; what stands behind them in the same module, or beside it in BERT's.
+_SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("self.query", "self.key", "self.value"),
+)  # fmt: skip
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "o", "output.dense")
+_PROJECTION = re.compile(r"(.*?)\.((?:self\.)?[^.]+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,31 @@ class AttentionNames:
     key: str
     value: str
     output: str
-    has_bias: bool
-    """Whether queries, keys and values have a bias."""
+    biased: frozenset[str]
+    """Those of the queries, keys and values that have a bias; whisper's keys have none."""
     gated: bool
     """Whether each query head's rows are followed by as many rows of an output gate."""
     layouts: Mapping[str, Layout]
     """Of all tensors that follow the number of KV heads, norms among them, by name."""
+    heads: Heads
+    """Of the source."""
+    num_key_value_heads: int
+    """Of the target."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether queries, keys or values have a bias."""
+        return bool(self.biased)
 
     @property
     def transposed(self) -> bool:
         """Whether the weights lie `[inputs, outputs]`, as in gpt2."""
         return self.layout is Layout.COLUMNS
 
-    @property
-    def projections(self) -> set[str]:
-        """Modules of the queries, keys, values and output."""
-        return {self.query, self.key, self.value, self.output}
+    def is_projection(self, name: str) -> bool:
+        """Say whether a tensor, by its name within the layer, is of queries, keys, values or output."""
+        leaves = (self.query, self.key, self.value, self.output)
+        return name.rpartition(".")[0] in {f"{self.module}.{leaf}" for leaf in leaves}
 
 
 @dataclass(frozen=True)
@@ -85,33 +96,68 @@ def is_norm(name: str) -> bool:
 
 
 def find_attention(
-    tensors: Mapping[str, torch.Size], layouts: Mapping[str, Layout], heads: Heads
-) -> AttentionNames:
-    """Find the parts of a layer's attention block.
+    tensors: Mapping[str, torch.Size], head_tensors: Mapping[str, HeadTensor]
+) -> tuple[AttentionNames, ...]:
+    """Find the parts of a layer's attention blocks.
 
     Args:
         tensors: Shapes of the layer's tensors by name within the layer.
-        layouts: Layout of those that follow the number of KV heads.
-        heads: The head counts.
+        head_tensors: Those that follow the number of KV heads.
+
+    Returns:
+        The blocks in the order of the layer: a decoder's attention to itself comes before the one to
+        the encoder.
 
     Raises:
         UnsupportedFamilyError: If a part cannot be told, or anything but projections and norms
             follows the number of KV heads, so that only pooling is possible.
     """
-    projections = [name for name in layouts if name.endswith(".weight") and not is_norm(name)]
-    modules = {name.rsplit(".", 2)[0] for name in projections}
-    if len(modules) != 1:
+    leaves: dict[str, list[str]] = {}
+    for name in tensors:
+        match = _PROJECTION.fullmatch(name)
+        if name in head_tensors and match is not None and not is_norm(name):
+            leaves.setdefault(match[1], []).append(match[2])
+    pairs = [sorted(each[1:]) for each in _SEPARATE]
+    if len(leaves) != 1 and not all(sorted(found) in pairs for found in leaves.values()):
         raise UnsupportedFamilyError(
-            f"its KV heads are in {', '.join(sorted(modules))}, expected plain key and value projections side "
+            f"its KV heads are in {', '.join(sorted(leaves))}, expected plain key and value projections side "
             "by side; use --method mean without --calibration"
         )
-    module = modules.pop()
-    leaves = sorted(name.rsplit(".", 2)[1] for name in projections)
-    layout = layouts[projections[0]]
+    blocks = tuple(
+        _find_block(module, sorted(found), tensors, head_tensors)
+        for module, found in leaves.items()
+    )
+    for name, tensor in head_tensors.items():
+        is_gain = is_norm(name) and tensor.layout is Layout.SEPARATE
+        if not any(
+            block.is_projection(name) or (is_gain and name in block.layouts) for block in blocks
+        ):
+            raise UnsupportedFamilyError(
+                f"its tensor {name} follows the number of KV heads beside the projections; "
+                "use --method mean without --calibration"
+            )
+    return blocks
+
+
+def _find_block(
+    module: str,
+    leaves: list[str],
+    tensors: Mapping[str, torch.Size],
+    head_tensors: Mapping[str, HeadTensor],
+) -> AttentionNames:
+    """Find the parts of the block `module`, of which `leaves` have KV heads."""
+    own = {name: t for name, t in head_tensors.items() if name.startswith(f"{module}.")}
+    found = head_tensors[f"{module}.{leaves[0]}.weight"]
+    layout, heads = found.layout, found.heads
+    separate = [
+        each
+        for each in _SEPARATE
+        if leaves == sorted(each[1:]) and f"{module}.{each[0]}.weight" in tensors
+    ]
     if layout is not Layout.SEPARATE and len(leaves) == 1:
         query = key = value = leaves[0]
-    elif leaves == ["k_proj", "v_proj"] and f"{module}.q_proj.weight" in tensors:
-        query, key, value = "q_proj", "k_proj", "v_proj"
+    elif separate:
+        query, key, value = separate[0]
     else:
         raise UnsupportedFamilyError(
             f"the queries, keys and values of {module} cannot be told among {', '.join(leaves)}; "
@@ -124,38 +170,30 @@ def find_attention(
         )
     rows = tensors[f"{module}.{query}.weight"][0]
     key_rows = tensors[f"{module}.{key}.weight"][0]
-    per_query = rows // heads.num_attention_heads
+    H, K = heads.num_attention_heads, heads.num_key_value_heads
     if layout is Layout.SEPARATE:
-        H, K = heads.num_attention_heads, heads.num_key_value_heads
-        inputs, value_rows = (
-            tensors[f"{module}.{outputs[0]}.weight"][1],
-            tensors[f"{module}.{value}.weight"][0],
-        )
-        if per_query * K not in (key_rows, 2 * key_rows) or inputs * K != value_rows * H:
+        inputs = tensors[f"{module}.{outputs[0]}.weight"][1]
+        value_rows = tensors[f"{module}.{value}.weight"][0]
+        if rows // H * K not in (key_rows, 2 * key_rows) or inputs * K != value_rows * H:
             raise UnsupportedFamilyError(
                 f"its {module} has another number of query heads than the config says, expected one number "
                 "for all layers; use --method mean without --calibration"
             )
-    gated = layout is Layout.SEPARATE and (per_query == 2 * (key_rows // heads.num_key_value_heads))
-    names = AttentionNames(
+    return AttentionNames(
         module,
         layout,
         query,
         key,
         value,
         outputs[0],
-        has_bias=f"{module}.{key}.bias" in tensors,
-        gated=gated,
-        layouts=layouts,
+        biased=frozenset(
+            leaf for leaf in (query, key, value) if f"{module}.{leaf}.bias" in tensors
+        ),
+        gated=layout is Layout.SEPARATE and rows // H == 2 * (key_rows // K),
+        layouts={name: tensor.layout for name, tensor in own.items()},
+        heads=heads,
+        num_key_value_heads=found.num_key_value_heads,
     )
-    for name, found in layouts.items():
-        is_gain = is_norm(name) and found is Layout.SEPARATE
-        if name.split(".")[-2] not in names.projections and not is_gain:
-            raise UnsupportedFamilyError(
-                f"its tensor {name} follows the number of KV heads beside the projections; "
-                "use --method mean without --calibration"
-            )
-    return names
 
 
 def read_heads(
@@ -216,8 +254,9 @@ def write_heads(parts: AttentionHeads, names: AttentionNames) -> dict[str, torch
         joined = {names.query: join_heads(query, [parts.key, parts.value], layout)}
     state = {}
     for leaf, rows in joined.items():
-        if names.has_bias:
+        if leaf in names.biased:
             state[f"{names.module}.{leaf}.bias"] = rows[:, -1].contiguous()
+        if names.has_bias:
             rows = rows[:, :-1]
         state[f"{names.module}.{leaf}.weight"] = _turned(rows, names).contiguous()
     output = parts.output.permute(2, 0, 1, 3).flatten(1)
@@ -254,7 +293,7 @@ def add_to_keys(
         value=nothing(parts.value),
         gate=None if parts.gate is None else nothing(parts.gate),
     )
-    written = write_heads(columns, replace(names, has_bias=False))
+    written = write_heads(columns, replace(names, biased=frozenset()))
     rows = _turned(written[f"{names.module}.{names.key}.weight"], names).mT
 
     def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
@@ -266,54 +305,3 @@ def add_to_keys(
         yield
     finally:
         handle.remove()
-
-
-def find_layers(
-    checkpoint: Checkpoint, head_tensors: Mapping[str, HeadTensor], heads: Heads, code: Path | None
-) -> tuple[dict[int, AttentionNames], str]:
-    """Find the attention block of each layer that has one.
-
-    Args:
-        checkpoint: The source.
-        head_tensors: Its tensors that follow the number of KV heads, by name in the files.
-        heads: Its head counts.
-        code: The checkpoint's folder if its own Python code may be executed.
-
-    Returns:
-        Names by layer, and the name of the list of layers, such as `model.layers`.
-
-    Raises:
-        UnsupportedFamilyError: If the blocks are in no list of layers, in several, or as
-            `find_attention`.
-    """
-    model = meta.build_on_meta(checkpoint.config, code)
-    in_memory, expected = meta.names_in_memory(model, checkpoint.tensors), model.state_dict()
-    found: dict[int, dict[str, Layout]] = {}
-    stacks = set()
-    for disk, tensor in head_tensors.items():
-        match = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", in_memory.get(disk, ""))
-        if match is None:
-            raise UnsupportedFamilyError(
-                f"{checkpoint.name}: tensor {disk} is in no list of layers; use --method mean without --calibration"
-            )
-        if expected[in_memory[disk]].shape != tensor.source_shape:
-            raise UnsupportedFamilyError(
-                f"{checkpoint.name}: tensor {disk} is stored in another form than it is computed with; use "
-                "--method mean without --calibration"
-            )
-        stacks.add(match[1])
-        found.setdefault(int(match[2]), {})[match[3]] = tensor.layout
-    if len(stacks) != 1:
-        raise UnsupportedFamilyError(
-            f"{checkpoint.name}: KV heads are in {len(stacks)} stacks of layers ({', '.join(sorted(stacks))}), "
-            "which calibration does not cover yet; use --method mean without --calibration"
-        )
-    stack = stacks.pop()
-    names = {}
-    for index, layouts in sorted(found.items()):
-        state = model.get_submodule(f"{stack}.{index}").state_dict()
-        try:
-            names[index] = find_attention({n: t.shape for n, t in state.items()}, layouts, heads)
-        except UnsupportedFamilyError as error:
-            raise UnsupportedFamilyError(f"{checkpoint.name}: layer {index}: {error}") from error
-    return names, stack

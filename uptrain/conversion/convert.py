@@ -14,14 +14,8 @@ import transformers
 
 import uptrain
 from uptrain.checkpoint.card import inherited_metadata, model_card
-from uptrain.checkpoint.reader import (
-    CONFIG,
-    MODEL_CARD,
-    RECORD,
-    entry_chunks,
-    open_checkpoint,
-    tensor_chunks,
-)
+from uptrain.checkpoint.files import CONFIG, MODEL_CARD, RECORD
+from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.checkpoint.staging import (
     check_room,
     check_target,
@@ -30,6 +24,7 @@ from uptrain.checkpoint.staging import (
     write_bytes,
     write_json,
 )
+from uptrain.checkpoint.tensors import entry_chunks, tensor_chunks
 from uptrain.checkpoint.writer import (
     DEFAULT_SHARD_BYTES,
     TensorSpec,
@@ -88,7 +83,7 @@ def convert(
         grouping: `contiguous`, or `search` for groups of heads that lose least (`align` and
             `factorize`); by default `search` with a calibration, else `contiguous`.
         encoder: Convert the encoder of an encoder-decoder, too; else it is left alone, as in the paper.
-        calibration: Text or jsonl file.
+        calibration: Text or jsonl file; rows with `audio` and `text` for a model that hears.
         calibration_tokens: How much of it to use.
         refit: Solve each output projection anew.
         reconstruct_steps: Steps in which each layer's weights are fitted; 0 for none, by default
@@ -174,7 +169,6 @@ def convert(
         record = _record(plan, options, layers, sorted(changed), files)
         write_json(folder / RECORD, record)
         write_bytes(folder / MODEL_CARD, model_card(record).encode())
-    shutil.rmtree(partial, ignore_errors=True)
     if layers:
         result["tensors"] = {"changed": len(changed), "copied": len(plan.specs) - len(changed)}
         result["layers"] = [asdict(layer) for layer in layers]

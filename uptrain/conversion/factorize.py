@@ -105,6 +105,7 @@ def factorize_key_query_rotary(
     query: Tensor,
     moment: Tensor,
     *,
+    key_moment: Tensor | None = None,
     interleaved: bool = False,
 ) -> SharedKey:
     """Share one K head in a group under rotary position embedding.
@@ -119,6 +120,7 @@ def factorize_key_query_rotary(
         key: [members, rotary_dim, inputs], the rotary rows of Wk.
         query: [members, queries, rotary_dim, inputs], the rotary rows of Wq.
         moment: [inputs, inputs], C = E[x x^T] of the block's input, uncentred.
+        key_moment: [inputs, inputs], used for the keys in place of `moment`.
         interleaved: Rows 2m and 2m + 1 are a pair (GPT-J), else rows m and m + rotary_dim / 2.
 
     Returns:
@@ -127,12 +129,14 @@ def factorize_key_query_rotary(
     Raises:
         ValueError: If the shapes do not belong together or rotary_dim is odd.
     """
+    used = moment if key_moment is None else key_moment
     _check_pairing(key, query)
-    _check_moment(moment, key.shape[2])
-    moment = moment.double()
+    _check_moment(moment, query.shape[3])
+    _check_moment(used, key.shape[2])
     keys = complex_pairs(key.double(), interleaved=interleaved)
     queries = complex_pairs(query.double(), interleaved=interleaved)
-    weights = rotary_query_energy(queries, moment)
+    weights = rotary_query_energy(queries, moment.double())
+    moment = used.double()
     grams = rotary_gram(keys, moment, weights)
     eigenvalues, vectors = torch.linalg.eigh(grams)
     roots = safe_weights(weights).sqrt().T
@@ -178,7 +182,8 @@ def factorize_key_query_full(
         query: [members, queries, head_dim, inputs], the same rows of Wq.
         moment: [inputs, inputs], C = E[x x^T] of the block's input, uncentred.
         key_moment: [inputs, inputs], used for the keys in place of `moment`: the centred moment,
-            where a shift of all keys cancels in the softmax (no attention sink).
+            where a shift of all keys cancels in the softmax (no attention sink), or that of another
+            input, where queries and keys are not made of the same.
         seed: Of the rotation that fixes the free basis.
 
     Returns:
@@ -189,10 +194,11 @@ def factorize_key_query_full(
     """
     _check_pairing(key, query)
     members, head_dim, inputs = key.shape
-    _check_moment(moment, inputs)
+    used = moment.double() if key_moment is None else key_moment.double()
+    _check_moment(moment, query.shape[3])
+    _check_moment(used, inputs)
     root, inverse = query_roots(query, moment)
     stacked = (root @ key.double()).reshape(members * head_dim, inputs)
-    used = moment.double() if key_moment is None else key_moment.double()
     basis, kept, energy = _leading(stacked @ used @ stacked.T, head_dim)
     shared = basis.T @ stacked
     scale = _row_scale(shared, key.double().norm(dim=-1).mean())
@@ -234,8 +240,8 @@ def _fix_phase(scales: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_pairing(key: Tensor, query: Tensor) -> None:
-    """Raise ValueError unless query [m, q, d, i] belongs to key [m, d, i]."""
-    if (query.shape[0], *query.shape[2:]) != tuple(key.shape):
+    """Raise ValueError unless query [m, q, d, …] belongs to key [m, d, …]."""
+    if (query.shape[0], query.shape[2]) != tuple(key.shape[:2]):
         raise ValueError(f"query {list(query.shape)} does not belong to key {list(key.shape)}")
 
 

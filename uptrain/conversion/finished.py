@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 import uptrain
-from uptrain.checkpoint.reader import TensorEntry, read_header, read_json
+from uptrain.checkpoint.files import read_json
 from uptrain.checkpoint.staging import replace_file
+from uptrain.checkpoint.tensors import TensorEntry, read_header
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan
 from uptrain.errors import CheckpointError
@@ -25,12 +27,27 @@ class LayerReport:
     """What happened to one layer."""
 
     layer: int
+    """An encoder-decoder's are numbered from the first that was converted on, its encoder's first."""
     freedom: dict[str, Any] | None = None
+    """Of the first attention block."""
     groups: list[list[int]] = field(default_factory=list)
+    """Of the first attention block."""
     discarded_energy: dict[str, float] = field(default_factory=dict)
-    """Parts of the layer's whole energy, for `value` and `key`."""
+    """Parts of the layer's whole energy, for `value` and `key`; a mean over its attention blocks."""
     error: dict[str, float] = field(default_factory=dict)
-    """Relative error of the residual stream behind the layer, by step."""
+    """Relative error of the residual stream behind the layer, by step; of the last block's steps."""
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The first three for each attention block, by its name, where there are several."""
+
+    def add(self, blocks: dict[str, dict[str, Any]]) -> None:
+        """Report on the attention blocks: `freedom`, `groups` and `discarded_energy` by name."""
+        first, *others = blocks.values()
+        self.freedom, self.groups = first["freedom"], first["groups"]
+        lost = [block["discarded_energy"] for block in blocks.values()]
+        self.discarded_energy = {
+            part: sum(each[part] for each in lost) / len(lost) for part in lost[0]
+        }
+        self.blocks = blocks if others else {}
 
 
 def finished_tensors(partial: Path) -> dict[str, TensorEntry]:
@@ -46,14 +63,14 @@ def layer_path(partial: Path, layer: int) -> Path:
     return partial / f"layer-{layer:05d}.safetensors"
 
 
-def fingerprint(plan: Plan, options: Options, tokens: Tensor | None) -> dict[str, Any]:
+def fingerprint(plan: Plan, options: Options, data: Iterable[Tensor]) -> dict[str, Any]:
     """What a finished layer depends on."""
     checkpoint = plan.checkpoint
     entries = [
         (e.name, e.dtype, e.shape, e.path.name, e.path.stat().st_mtime_ns)
         for e in checkpoint.tensors.values()
     ]
-    tokens_digest = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    digests = [hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in data]
     return {
         "source": hashlib.sha256(repr((checkpoint.config, entries)).encode()).hexdigest(),
         "num_key_value_heads": plan.num_key_value_heads,
@@ -62,7 +79,7 @@ def fingerprint(plan: Plan, options: Options, tokens: Tensor | None) -> dict[str
             for key, value in asdict(options).items()
             if key not in ("calibration", "activation_bytes", "device")
         },
-        "tokens": tokens_digest,
+        "data": digests,
         "versions": [uptrain.__version__, torch.__version__],
     }
 

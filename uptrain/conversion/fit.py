@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 _WARMUP_STEPS = 5
+_SETTLED_STEPS = 6
 _MOMENTUM = 0.95
 # Newton-Schulz iteration of Muon (Jordan et al. 2024), as torch.optim.Muon has it too; that one works
 # in bfloat16, which a CPU without such units does three times slower than float32.
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
-Run = Callable[[Tensor], Tensor]
+Rows = slice | Tensor
+"""Which sequences of the calibration text a batch holds."""
+Run = Callable[[Tensor, Rows], Tensor]
+"""From hidden states [batch, length, hidden_size], and which sequences they are of."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -79,7 +83,8 @@ def fit_layer(
     for step in range(fit.steps):
         factor = _schedule(step, fit.steps)
         chosen = next(order).to(inputs.device)
-        value = loss(run(inputs[chosen].to(device).float()), targets[chosen].to(device).float())
+        entering = inputs[chosen].to(device).float()
+        value = loss(run(entering, chosen), targets[chosen].to(device).float())
         value.backward()
         with torch.no_grad():
             for name in orthogonal:
@@ -122,11 +127,12 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Linear warm-up, then cosine to zero."""
+    """Linear warm-up, then cosine to zero; few steps are small, as they end before they settle."""
+    peak = min(1.0, steps / _SETTLED_STEPS)
     warmup = min(_WARMUP_STEPS, steps // 4)
     if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + cos(pi * (step - warmup) / max(1, steps - warmup)))
+        return peak * (step + 1) / (warmup + 1)
+    return peak * 0.5 * (1 + cos(pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _orders(sequences: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -122,6 +122,12 @@ def find_freedom(parts: AttentionHeads, run: Run, rotary_dims: list[int]) -> Fre
     return Freedom(value, Basis.FIXED, 0, False, reorder)
 
 
+def noisy(hidden: torch.Tensor) -> torch.Tensor:
+    """Add noise of the same size to activations, so that a probe finds no direction empty."""
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    return hidden + noise.to(hidden.device) * hidden.std()
+
+
 def rotary_dims(config: Mapping[str, Any], code: Path | None) -> list[int]:
     """Numbers of leading channels of a head that may be rotated, from what the config says."""
     setting = registry.kv_settings(config, code)[0]

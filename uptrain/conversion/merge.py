@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,17 @@ class Merged:
     """The same of the scores, queries and keys taken as independent."""
 
 
+class _Moments(NamedTuple):
+    """Second moments of what enters a block, [inputs, inputs]."""
+
+    key: Tensor
+    """Of what keys and values are made of."""
+    free_key: Tensor
+    """The same for keys without rotary embedding: centred where these may be shifted."""
+    query: Tensor
+    """Of what queries are made of."""
+
+
 def merge_heads(
     parts: AttentionHeads,
     freedom: Freedom,
@@ -41,6 +53,7 @@ def merge_heads(
     method: str,
     grouping: str,
     covariance: Tensor | None = None,
+    query_moment: Tensor | None = None,
     seed: int = 0,
 ) -> Merged:
     """Merge KV heads in groups, and let the query and output projections absorb what they can.
@@ -48,25 +61,25 @@ def merge_heads(
     Args:
         parts: The block's weights, K KV heads.
         freedom: What changes of basis the block allows.
-        moment: [inputs, inputs], C = E[x xᵀ] of the block's input, with a constant 1 appended to x
-            where there are biases.
+        moment: [inputs, inputs], C = E[x xᵀ] of what keys and values are made of, with a constant 1
+            appended to x where there are biases.
         num_key_value_heads: G, a divisor of K.
         method: `mean`, `first`, `align` or `factorize`.
         grouping: `contiguous` or `search`; a block whose heads must keep their places gets
             `contiguous`.
         covariance: [inputs, inputs], the centred moment: takes the place of `moment` for keys that
             may be shifted.
+        query_moment: [inputs, inputs], of what queries are made of, where that is something else: in
+            attention to an encoder's output.
         seed: Of the free basis of shared heads.
     """
     G = num_key_value_heads
-    losses = Losses(parts, freedom, moment, covariance)
-    key_moment = _key_moment(freedom, moment, covariance)
+    losses = Losses(parts, freedom, moment, covariance, query_moment)
+    moments = _moments(freedom, moment, covariance, query_moment)
     groups = losses.choose_groups(G, grouping, seed)
     value, key = losses.discarded(groups)
     merged = [
-        _merge_group(
-            parts.reordered(torch.tensor(group)), freedom, moment, key_moment, method, seed + index
-        )
+        _merge_group(parts.reordered(torch.tensor(group)), freedom, moments, method, seed + index)
         for index, group in enumerate(groups)
     ]
     order = torch.tensor([head for group in groups for head in group])
@@ -106,7 +119,7 @@ def merge_norms(
     """
     merged = {}
     for name, layout in names.layouts.items():
-        if name.split(".")[-2] in names.projections:
+        if names.is_projection(name):
             continue
         (gains,) = split_heads(state[name].double(), layout, heads)[1]
         merged[name] = torch.stack([gains[list(group)].mean(0) for group in groups]).flatten(0, 1)
@@ -122,6 +135,7 @@ class Losses:
         freedom: Freedom,
         moment: Tensor,
         covariance: Tensor | None = None,
+        query_moment: Tensor | None = None,
     ) -> None:
         """Form the inner products of all heads, from which every group's loss follows.
 
@@ -130,11 +144,12 @@ class Losses:
             freedom: What changes of basis the block allows.
             moment: [inputs, inputs], as in `merge_heads`.
             covariance: [inputs, inputs], as there.
+            query_moment: [inputs, inputs], as there.
         """
         self._heads, self._reorder = len(parts.key), freedom.reorder
         self._value = _Part(_value_grams(parts, freedom, moment))
-        key_moment = _key_moment(freedom, moment, covariance)
-        self._key = _Part(_key_grams(parts, freedom, moment, key_moment))
+        moments = _moments(freedom, moment, covariance, query_moment)
+        self._key = _Part(_key_grams(parts, freedom, moments))
         self._pairs: Tensor | None = None
 
     def choose_groups(self, num_key_value_heads: int, grouping: str, seed: int = 0) -> Groups:
@@ -180,8 +195,7 @@ class _Part:
 def _merge_group(
     parts: AttentionHeads,
     freedom: Freedom,
-    moment: Tensor,
-    key_moment: Tensor,
+    moments: _Moments,
     method: str,
     seed: int,
 ) -> AttentionHeads:
@@ -192,21 +206,20 @@ def _merge_group(
         value, output = parts.value.mean(0), parts.output
     elif method == "factorize":
         value, output, *_ = factorize.factorize_value_output(
-            parts.value, parts.output, moment, seed=seed
+            parts.value, parts.output, moments.key, seed=seed
         )
     else:
-        value, output, _ = align.align_value_output(parts.value, parts.output, moment)
+        value, output, _ = align.align_value_output(parts.value, parts.output, moments.key)
     key, query = parts.key.mean(0), parts.query
     if method != "mean":
-        key, query = _merge_keys(parts, freedom, moment, key_moment, method, seed)
+        key, query = _merge_keys(parts, freedom, moments, method, seed)
     return replace(parts, key=key[None], query=query, value=value[None], output=output)
 
 
 def _merge_keys(
     parts: AttentionHeads,
     freedom: Freedom,
-    moment: Tensor,
-    key_moment: Tensor,
+    moments: _Moments,
     method: str,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
@@ -218,11 +231,11 @@ def _merge_keys(
         key, query = parts.key[:, turned], parts.query[:, :, turned]
         if freedom.key is Basis.SCALED and method == "factorize":
             shared, undone, *_ = factorize.factorize_key_query_rotary(
-                key, query, moment, interleaved=pairing
+                key, query, moments.query, key_moment=moments.key, interleaved=pairing
             )
         else:
             shared, undone, _ = align.align_key_query_rotary(
-                key, query, moment, interleaved=pairing, signs=freedom.key is Basis.SIGNED
+                key, query, moments.key, interleaved=pairing, signs=freedom.key is Basis.SIGNED
             )
         keys.append(shared)
         queries.append(undone)
@@ -232,18 +245,20 @@ def _merge_keys(
             shared, undone = key.mean(0), query
         elif method == "factorize":
             shared, undone, *_ = factorize.factorize_key_query_full(
-                key, query, moment, key_moment=key_moment, seed=seed
+                key, query, moments.query, key_moment=moments.free_key, seed=seed
             )
         else:
-            shared, undone, _ = align.align_key_query_full(key, query, key_moment)
+            shared, undone, _ = align.align_key_query_full(key, query, moments.free_key)
         keys.append(shared)
         queries.append(undone)
     return torch.cat(keys), torch.cat(queries, dim=2)
 
 
-def _key_moment(freedom: Freedom, moment: Tensor, covariance: Tensor | None) -> Tensor:
-    """What weighs the inputs of keys without rotary embedding."""
-    return covariance if covariance is not None and freedom.shift else moment
+def _moments(
+    freedom: Freedom, moment: Tensor, covariance: Tensor | None, query_moment: Tensor | None
+) -> _Moments:
+    free_key = covariance if covariance is not None and freedom.shift else moment
+    return _Moments(moment, free_key, moment if query_moment is None else query_moment)
 
 
 def _value_grams(parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> list[Tensor]:
@@ -253,9 +268,7 @@ def _value_grams(parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> lis
     return [energy.value_output_gram(parts.value, parts.output, moment)]
 
 
-def _key_grams(
-    parts: AttentionHeads, freedom: Freedom, moment: Tensor, key_moment: Tensor
-) -> list[Tensor]:
+def _key_grams(parts: AttentionHeads, freedom: Freedom, moments: _Moments) -> list[Tensor]:
     """Inner products from which a group's loss of the scores' energy follows, summed."""
     n = freedom.rotary_dim
     grams: list[Tensor] = []
@@ -265,12 +278,13 @@ def _key_grams(
         # Behind a norm all queries are of one length.
         weights = torch.ones(keys.shape[:2], dtype=torch.float64, device=keys.device)
         if freedom.key is Basis.SCALED:
-            weights = energy.rotary_query_energy(queries, moment)
-        grams.append(energy.rotary_gram(keys, moment, weights))
+            weights = energy.rotary_query_energy(queries, moments.query)
+        grams.append(energy.rotary_gram(keys, moments.key, weights))
     if n < parts.key.shape[1]:
         if freedom.key in (Basis.FULL, Basis.SCALED):
             key, query = parts.key[:, n:], parts.query[:, :, n:]
-            grams.append(energy.key_query_gram(key, query, moment, key_moment=key_moment))
+            found = energy.key_query_gram(key, query, moments.query, key_moment=moments.free_key)
+            grams.append(found)
         elif not grams:
-            grams.append(energy.mean_gram(parts.key, moment))
+            grams.append(energy.mean_gram(parts.key, moments.key))
     return grams

@@ -1,54 +1,95 @@
 """Second moments of what enters an attention block, from text or from the gains of its norm."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from uptrain.conversion.attention import AttentionNames
-from uptrain.conversion.fit import Run
-from uptrain.conversion.repair import run_attention
+from uptrain.conversion.fit import Rows, Run
+from uptrain.conversion.partway import run_attention
 
-_SIGN_ROWS = 32
+_SIGN_ROWS, _SIGN_LENGTH = 32, 16
+
+
+class Moments(NamedTuple):
+    """Second moments of what enters an attention block, [inputs, inputs], float64.
+
+    With a constant 1 appended to it where there are biases.
+    """
+
+    moment: Tensor
+    """E[x xᵀ] of what keys and values are made of."""
+    covariance: Tensor
+    """E[x xᵀ] − E[x] E[x]ᵀ of the same."""
+    query_moment: Tensor | None
+    """E[x xᵀ] of what queries are made of; None if that is the same."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Moments":
+        """Put something else in the place of each."""
+        query = None if self.query_moment is None else change(self.query_moment)
+        return Moments(change(self.moment), change(self.covariance), query)
 
 
 @torch.no_grad()
 def input_moments(
-    layer: nn.Module, names: AttentionNames, run: Run, batches: Iterable[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Take the second moment of an attention block's input, and its covariance.
+    layer: nn.Module, names: AttentionNames, run: Run, batches: Iterable[tuple[Tensor, Rows]]
+) -> Moments:
+    """Take the second moments of an attention block's input.
 
     Args:
         layer: The layer.
         names: Where its attention block is.
         run: Runs the whole layer.
-        batches: What enters the layer, each [sequences, length, hidden_size].
-
-    Returns:
-        E[x xᵀ] and E[x xᵀ] − E[x] E[x]ᵀ, [inputs, inputs], float64, with a constant 1 appended to x
-        where there are biases.
+        batches: What enters the layer, each [sequences, length, hidden_size], and which sequences of
+            the text these are.
     """
-    seen: list[Tensor] = []
-    projection = layer.get_submodule(f"{names.module}.{names.key}")
-    handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    until_attention = run_attention(layer, names, run)
-    total = sums = torch.zeros(())
-    tokens = 0
+    seen: dict[str, Tensor] = {}
+
+    def keep(leaf: str) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[leaf] = args[0]
+
+        projection = layer.get_submodule(f"{names.module}.{leaf}")
+        return projection.register_forward_pre_hook(hook)
+
+    handles = [keep(leaf) for leaf in {names.key, names.query}]
+    until_attention = run_attention(layer, [names], run)
+    sums: dict[str, _Sums] = {}
     try:
-        for batch in batches:
-            seen.clear()
-            until_attention(batch)
-            entering = seen[0].flatten(0, -2).float()
-            if names.has_bias:
-                entering = torch.cat([entering, torch.ones_like(entering[:, :1])], dim=1)
-            total = total.to(entering.device) + (entering.T @ entering).double()
-            sums = sums.to(entering.device) + entering.sum(0).double()
-            tokens += len(entering)
+        for batch, rows in batches:
+            until_attention(batch, rows)
+            for leaf in (names.key, names.query):
+                if leaf == names.key or seen[leaf] is not seen[names.key]:
+                    sums.setdefault(leaf, _Sums()).add(seen[leaf], names.has_bias)
     finally:
-        handle.remove()
-    moment = total / tokens
-    mean = moment[-1] if names.has_bias else sums / tokens
-    return moment, moment - torch.outer(mean, mean)
+        for handle in handles:
+            handle.remove()
+    key = sums[names.key]
+    moment = key.products / key.tokens
+    mean = moment[-1] if names.has_bias else key.values / key.tokens
+    covariance = moment - torch.outer(mean, mean)
+    query = sums.get(names.query) if names.query != names.key else None
+    return Moments(moment, covariance, None if query is None else query.products / query.tokens)
+
+
+class _Sums:
+    """Sums over tokens."""
+
+    def __init__(self) -> None:
+        self.products = self.values = torch.zeros(())
+        self.tokens = 0
+
+    def add(self, entering: Tensor, has_bias: bool) -> None:
+        entering = entering.flatten(0, -2).float()
+        if has_bias:
+            entering = torch.cat([entering, torch.ones_like(entering[:, :1])], dim=1)
+        device = entering.device
+        self.products = self.products.to(device) + (entering.T @ entering).double()
+        self.values = self.values.to(device) + entering.sum(0).double()
+        self.tokens += len(entering)
 
 
 def balanced_signs(width: int) -> Tensor:
@@ -60,9 +101,9 @@ def balanced_signs(width: int) -> Tensor:
         width: Of the layer's input.
 
     Returns:
-        [rows, width], half of each row 1 and half −1.
+        [sequences, length, width], half of each row 1 and half −1; short enough for any model.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(_SIGN_ROWS, width, generator=generator).argsort(-1)
     signs = torch.where(order < width // 2, 1.0, -1.0)
-    return torch.cat([signs, -signs])
+    return torch.cat([signs, -signs]).view(-1, _SIGN_LENGTH, width)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.reader import DTYPE_NAMES, DTYPES, Checkpoint
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.tensors import DTYPE_NAMES, DTYPES
 from uptrain.checkpoint.writer import TensorSpec
 from uptrain.conversion.rewritten import all_architectures
 from uptrain.errors import CheckpointError, HeadCountError, UnsupportedFamilyError
@@ -188,6 +189,6 @@ def inspect(checkpoint: Checkpoint, code: Path | None = None) -> dict[str, Any]:
             entry.nbytes // DTYPES[entry.dtype].itemsize for entry in checkpoint.tensors.values()
         ),
         "weight_bytes": checkpoint.nbytes,
-        "dtype": str(registry.checkpoint_dtype(checkpoint.config)).removeprefix("torch."),
+        "dtype": str(registry.checkpoint_dtype(view.config)).removeprefix("torch."),
         "targets": [targets[G] for G in sorted(targets, reverse=True)],
     }

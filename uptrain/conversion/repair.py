@@ -5,18 +5,18 @@ converted layers before it; its targets are what the original's residual stream 
 layer also repairs the drift of the layers before it.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from uptrain.conversion.attention import AttentionNames
-from uptrain.conversion.fit import Fit, Loss, Run, fit_layer, relative_error
+from uptrain.conversion.fit import Fit, Loss, Rows, Run, fit_layer, relative_error
+from uptrain.conversion.partway import attention_output, run_attention
 from uptrain.conversion.refit import Refit, refit_projection
 from uptrain.conversion.residual import ResidualStreams
-from uptrain.errors import UnsupportedFamilyError
 from uptrain.progress import Advance
 
 # Step sizes are parts of a tensor's root mean square, so that one setting suits all models.
@@ -38,8 +38,9 @@ def repair_layer(
     index: int,
     source: nn.Module,
     layer: nn.Module,
-    names: AttentionNames,
-    probe: Tensor,
+    blocks: Sequence[AttentionNames],
+    probe: Run,
+    entering: Tensor,
     *,
     refit: bool,
     steps: int,
@@ -48,19 +49,20 @@ def repair_layer(
 ) -> tuple[dict[str, float], Tensor | None]:
     """Refit and reconstruct a merged layer, in place.
 
-    First the output projection is solved anew, then the attention's projections are fitted to the
-    original's attention, then the whole layer to the original's layer. The last layer is fitted to
-    the original's logits instead.
+    For each attention block, in the order of the layer: first the output projection is solved anew,
+    then the attention's projections are fitted to the original's attention. Then the whole layer is
+    fitted to the original's layer. The last layer is fitted to the original's logits instead.
 
     Args:
         streams: What enters the layer in both models.
         index: Its place in the stack.
         source: The original layer.
         layer: The converted one.
-        names: Where the attention block is.
-        probe: [1, length, hidden_size], what may enter the layer.
+        blocks: Where its attention blocks are.
+        probe: Runs the original layer in float32: rounding would hide what is plain.
+        entering: [1, length, hidden_size], what `probe` may be given.
         refit: Whether to solve the output projection; only plain pre-norm blocks allow it.
-        steps: Of both fits together; 0 for none.
+        steps: Of all fits together; 0 for none.
         seed: Of the order of the text.
         advance: Progress.
 
@@ -73,37 +75,40 @@ def repair_layer(
     run = streams.run_target(layer, index)
     original = streams.run_source(source, index)
     errors["merged"] = streams.error(run, original)
-    # Probed in float32: rounding would hide what is plain.
-    plain = is_plain(source, names, partial(streams.source.run, source, index), probe)
-    wanted: Run = original
-    reach: Run = run
-    if plain:
-        wanted = run_attention(source, names, original)
-        reach = run_attention(layer, names, run)
-    # One set of targets at a time: activations are what takes the memory.
-    targets = streams.map(wanted, streams.original)
-    if plain and refit:
-        pairs = zip(
-            streams.some_batches(streams.converted), streams.some_batches(targets), strict=True
-        )
-        refit_output(layer, names, run, pairs)
-        errors["refit"] = streams.error(run, original)
+    first = round(steps * _ATTENTION_PART)
+    targets = None
+    for number, names in enumerate(blocks):
+        before = blocks[: number + 1]
+        plain = is_plain(source, before, probe, entering)
+        wanted: Run = original
+        reach: Run = run
+        if plain:
+            wanted = run_attention(source, before, original)
+            reach = run_attention(layer, before, run)
+        # One set of targets at a time: activations are what takes the memory.
+        targets = None
+        targets = streams.map(wanted, streams.original)
+        if plain and refit:
+            entered = (
+                (streams.converted[rows], targets[rows], rows) for rows in streams.some_batches()
+            )
+            refit_output(layer, before, run, entered)
+            errors["refit"] = streams.error(run, original)
+        share = first * (number + 1) // len(blocks) - first * number // len(blocks)
+        if share:
+            fit = Fit(_projections(layer, names), share, streams.batch, ATTENTION_DECAY)
+            fitted = f"{title}, {names.module if len(blocks) > 1 else 'attention'}"
+            _fit(streams, layer, reach, targets, fit, fitted, seed + 2 * index, advance)
+            errors["attention"] = streams.error(run, original)
+        targets = None if plain else targets
     if not steps:
         advance(1, title)
-        return errors, None if plain else targets
-    attention = {
-        name: ATTENTION_RATE
-        for name, _ in layer.named_parameters()
-        if name.startswith(f"{names.module}.") and name.split(".")[-2] in names.projections
-    }
-    first = round(steps * _ATTENTION_PART)
-    fit = Fit(attention, first, streams.batch, ATTENTION_DECAY)
-    _fit(streams, layer, reach, targets, fit, f"{title}, attention", seed + 2 * index, advance)
-    errors["attention"] = streams.error(run, original)
-    if plain:
-        del targets
+        return errors, targets
+    if targets is None:
         targets = streams.map(original, streams.original)
-    is_last = index == len(streams.source) - 1
+    # Logits behind the last layer, if the model has a head that gives some.
+    is_last = index == len(streams.source) - 1 and streams.source.vocabulary > 0
+    attention = {name for names in blocks for name in _projections(layer, names)}
     rates = {
         name: LAYER_RATE if name in attention else MLP_RATE
         for name in _trainable(streams, index, layer)
@@ -128,6 +133,13 @@ def repair_layer(
     )
     errors["layer"] = streams.error(run, original)
     return errors, targets
+
+
+def _projections(layer: nn.Module, names: AttentionNames) -> dict[str, float]:
+    """Step sizes of an attention block's projections, by name."""
+    return {
+        name: ATTENTION_RATE for name, _ in layer.named_parameters() if names.is_projection(name)
+    }
 
 
 def _fit(
@@ -166,72 +178,24 @@ def _divergence(streams: ResidualStreams, apart: int, output: Tensor, target: Te
 def _trainable(streams: ResidualStreams, index: int, layer: nn.Module) -> list[str]:
     """Matrices and biases of a layer that lie in the files as they are in memory."""
     known = streams.target.names(index)
+    # A table that later layers read, too: T5's bias by position.
+    tables = {
+        f"{name}.weight" for name, each in layer.named_modules() if isinstance(each, nn.Embedding)
+    }
     norms = {
         name
         for name, parameter in layer.named_parameters()
         if parameter.dim() < 2 and not name.endswith(".bias")
     }
     return [
-        n for n, _ in layer.named_parameters() if n in known and n not in norms and "norm" not in n
+        n
+        for n, _ in layer.named_parameters()
+        if n in known and n not in norms | tables and "norm" not in n
     ]
 
 
-class _Reached(Exception):
-    """The attention block has done its work, and nothing behind it is wanted."""
-
-
-def run_attention(layer: nn.Module, names: AttentionNames, run: Run) -> Run:
-    """Make a function that computes a layer up to its attention block's output, added to its input.
-
-    Args:
-        layer: The layer.
-        names: Where its attention block is.
-        run: Runs the whole layer.
-
-    Returns:
-        From hidden states [batch, length, hidden_size] to the same shape.
-    """
-
-    def until_attention(hidden: Tensor) -> Tensor:
-        with _attention_output(layer, names, stop=True) as outputs, suppress(_Reached):
-            run(hidden)
-        if outputs[0].shape != hidden.shape:
-            raise UnsupportedFamilyError(
-                f"{names.module} gives {outputs[0].shape[-1]} channels of the {hidden.shape[-1]} that its layers "
-                "pass on, so they cannot be fitted one by one; use --method mean without --calibration"
-            )
-        return hidden + outputs[0]
-
-    return until_attention
-
-
-@contextmanager
-def _attention_output(
-    layer: nn.Module, names: AttentionNames, stop: bool, given: Tensor | None = None
-) -> Iterator[list[Tensor]]:
-    """Record what the attention block returns; end there (`stop`), or let it return `given`."""
-    outputs: list[Tensor] = []
-
-    def hook(module: nn.Module, args: object, output: object) -> object:
-        is_tuple = isinstance(output, tuple)
-        found = output[0] if isinstance(output, tuple) else output
-        assert isinstance(found, Tensor)
-        outputs.append(found)
-        if stop:
-            raise _Reached
-        if given is None:
-            return None
-        return (given, *output[1:]) if isinstance(output, tuple) and is_tuple else given
-
-    handle = layer.get_submodule(names.module).register_forward_hook(hook)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
 @torch.no_grad()
-def is_plain(layer: nn.Module, names: AttentionNames, run: Run, hidden: Tensor) -> bool:
+def is_plain(layer: nn.Module, blocks: Sequence[AttentionNames], run: Run, hidden: Tensor) -> bool:
     """Say whether a layer is a plain pre-norm block: input + attention, then the rest on that sum.
 
     Probed: moving something from the input to the attention's output must not change the result. It
@@ -239,55 +203,73 @@ def is_plain(layer: nn.Module, names: AttentionNames, run: Run, hidden: Tensor) 
 
     Args:
         layer: The layer.
-        names: Where its attention block is.
+        blocks: Where its attention blocks are, up to the one in question; the others' outputs are held.
         run: Runs the whole layer.
         hidden: [batch, length, hidden_size], what may enter it.
     """
-    with _attention_output(layer, names, stop=False) as outputs:
-        reference = run(hidden)
+
+    def run_with(given: list[Tensor | None], entering: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with ExitStack() as stack:
+            outputs = [
+                stack.enter_context(attention_output(layer, names, stop=False, given=output))
+                for names, output in zip(blocks, given, strict=True)
+            ]
+            result = run(entering, slice(None))
+        return result, [output for (output,) in outputs]
+
+    reference, outputs = run_with([None] * len(blocks), hidden)
     moved = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     moved = moved * hidden.std()
-    with _attention_output(layer, names, stop=False, given=outputs[0] + moved):
-        shifted = run(hidden - moved)
-    with _attention_output(layer, names, stop=False, given=outputs[0]):
-        control = run(hidden - moved)
+    shifted, _ = run_with([*outputs[:-1], outputs[-1] + moved], hidden - moved)
+    control, _ = run_with([*outputs], hidden - moved)
     return bool((shifted - reference).abs().max() <= 1e-2 * (control - reference).abs().max())
 
 
 @torch.no_grad()
 def refit_output(
-    layer: nn.Module, names: AttentionNames, run: Run, pairs: Iterable[tuple[Tensor, Tensor]]
+    layer: nn.Module,
+    blocks: Sequence[AttentionNames],
+    run: Run,
+    batches: Iterable[tuple[Tensor, Tensor, Rows]],
 ) -> Refit:
     """Solve the output projection of a plain block anew and put it into the layer.
 
+    A token counts by the square of its error relative to what is wanted behind the block.
+
     Args:
         layer: The converted layer.
-        names: Where its attention block is.
+        blocks: Where its attention blocks are, up to the one to be solved.
         run: Runs the whole layer.
-        pairs: Batches [sequences, length, hidden_size] of what enters it, and of what input plus
-            attention are in the original.
+        batches: What enters the layer, [sequences, length, hidden_size], what input plus attention are
+            in the original, and which sequences of the text these are.
     """
+    names = blocks[-1]
     projection = layer.get_submodule(f"{names.module}.{names.output}")
     weight = projection.weight.mT if names.transposed else projection.weight
     assert isinstance(weight, Tensor)
     assert projection.bias is None or isinstance(projection.bias, Tensor)
     device = weight.device
-    outputs, size = weight.shape
-    gram = torch.zeros(size, size, dtype=torch.float64, device=device)
-    cross = torch.zeros(size, outputs, dtype=torch.float64, device=device)
+    outputs, inputs = weight.shape
+    gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+    cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
     energy = torch.zeros((), dtype=torch.float64, device=device)
     seen: list[Tensor] = []
     handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    until_attention = run_attention(layer, names, run)
+    until_attention = run_attention(layer, blocks, run)
+    until_earlier = run_attention(layer, blocks[:-1], run)
     try:
-        for entering, wanted in pairs:
+        for entering, wanted, rows in batches:
             entering, wanted = entering.to(device).float(), wanted.to(device).float()
             seen.clear()
-            until_attention(entering)
+            until_attention(entering, rows)
             heads = seen[0].float().flatten(0, -2)
-            target = (wanted - entering).flatten(0, -2)
+            target = (wanted - until_earlier(entering, rows)).flatten(0, -2)
             if projection.bias is not None:
                 target = target - projection.bias
+            # Errors relative to the stream, as a fit's are: where a few tokens have activations of a
+            # hundred times the others' (Sun et al. 2024), these alone would decide.
+            size = wanted.flatten(0, -2).norm(dim=-1, keepdim=True).clamp(min=1e-10)
+            heads, target = heads / size, target / size
             gram += heads.T @ heads
             cross += heads.T @ target
             energy += target.square().sum()

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from uptrain.conversion.fit import Run, relative_error
+from uptrain.conversion.fit import Rows, Run, relative_error
 from uptrain.conversion.stream import LayerStream
 
 _STEP_TOKENS = 4096
@@ -14,6 +14,8 @@ _STEP_TOKENS = 4096
 MOMENT_TOKENS = 65_536
 """Tokens that second moments are taken of: those of more differ little."""
 _ERROR_TOKENS = 4096
+_ENCODED_TOKENS = 2 * _STEP_TOKENS
+"""Most positions of an encoder's output in one step: they are many, and cost less than a token."""
 
 
 class ResidualStreams:
@@ -25,32 +27,46 @@ class ResidualStreams:
         target: LayerStream,
         tokens: Tensor,
         activation_bytes: int | None = None,
+        encoded: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Embed the text.
 
         Args:
             source: The original.
             target: The converted model.
-            tokens: [sequences, length], int64; sequences beyond whole batches are left out.
+            tokens: [sequences, length], int64, or what else the layers compute on; sequences beyond
+                whole batches are left out.
             activation_bytes: Most bytes of activations on the device; the host holds them if they
                 are more.
+            encoded: What the encoder made, in the original and in the converted model,
+                [sequences, encoder's length, encoder's hidden_size].
         """
         self.source, self.target, self._device = source, target, source.device
-        length = tokens.shape[1]
+        if encoded is not None:
+            tokens = tokens[: len(encoded[0])]
         first = source.embed(tokens[:1])
+        length = first.shape[1]
         step_tokens = max(_STEP_TOKENS, 2 * first.shape[-1])
-        self.batch = max(1, min(len(tokens), step_tokens // length))
+        most = step_tokens // length
+        if encoded is not None:
+            most = min(most, _ENCODED_TOKENS // encoded[0].shape[1])
+        self.batch = max(1, min(len(tokens), most))
         """Sequences at a time."""
         usable = len(tokens) - len(tokens) % self.batch
         # bfloat16 halves the activations on a GPU; its rounding is far below the error to repair.
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         # Both streams and one set of targets.
         needed = 3 * usable * length * first.shape[-1] * dtype.itemsize
+        distinct = {id(each): each for each in encoded or ()}
+        needed += sum(each.numel() for each in distinct.values()) * dtype.itemsize
         place = self._device if self._fits(needed, activation_bytes) else torch.device("cpu")
         self.original = torch.cat(
             [source.embed(part).to(place, dtype) for part in tokens[:usable].split(self.batch)]
         )
         """[sequences, length, hidden_size]."""
+        held = {key: each.to(place, dtype) for key, each in distinct.items()}
+        self._encoded = [held[id(each)] for each in encoded or ()]
+        """What the encoder made, for `source` and `target`; one tensor if it was not converted."""
         self.converted = self.original.clone()
         """[sequences, length, hidden_size]."""
 
@@ -70,19 +86,27 @@ class ResidualStreams:
         """Make a function that runs a converted layer."""
         return partial(self._run, self.target, layer, index)
 
-    def _run(self, stream: LayerStream, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+    def _run(
+        self, stream: LayerStream, layer: nn.Module, index: int, hidden: Tensor, rows: Rows
+    ) -> Tensor:
+        encoded = None
+        if self._encoded:
+            whole = self._encoded[0 if stream is self.source else 1]
+            rows = rows if isinstance(rows, slice) else rows.to(whole.device)
+            encoded = self.to_device(whole[rows])
         on_gpu = self._device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
-            return stream.run(layer, index, hidden)
+            return stream.run(layer, index, hidden, encoded)
 
-    def batches(self, hidden: Tensor) -> list[Tensor]:
-        """Cut activations in batches."""
-        return list(hidden.split(self.batch))
+    def batches(self) -> list[slice]:
+        """Cut the sequences in batches."""
+        starts = range(0, len(self.original), self.batch)
+        return [slice(start, start + self.batch) for start in starts]
 
-    def some_batches(self, hidden: Tensor, tokens: int = MOMENT_TOKENS) -> list[Tensor]:
-        """Cut activations in batches and take about `tokens` of them, evenly."""
-        every = max(1, hidden.shape[0] * hidden.shape[1] // tokens)
-        return self.batches(hidden)[::every]
+    def some_batches(self, tokens: int = MOMENT_TOKENS) -> list[slice]:
+        """Cut the sequences in batches and take about `tokens` of them, evenly."""
+        every = max(1, self.original.shape[0] * self.original.shape[1] // tokens)
+        return self.batches()[::every]
 
     def to_device(self, hidden: Tensor) -> Tensor:
         """Bring a batch where layers run, in float32."""
@@ -92,21 +116,21 @@ class ResidualStreams:
     def map(self, run: Run, hidden: Tensor, into: Tensor | None = None) -> Tensor:
         """Run over all sequences; `into` may be `hidden` itself."""
         result = torch.empty_like(hidden) if into is None else into
-        for part, output in zip(self.batches(hidden), result.split(self.batch), strict=True):
-            output.copy_(run(self.to_device(part)))
+        for rows in self.batches():
+            result[rows].copy_(run(self.to_device(hidden[rows]), rows))
         return result
 
     @torch.no_grad()
     def error(self, target: Run, source: Run) -> float:
         """Relative error of the residual stream behind a layer, on some of the tokens."""
-        pairs = zip(
-            self.some_batches(self.converted, _ERROR_TOKENS),
-            self.some_batches(self.original, _ERROR_TOKENS),
-            strict=True,
-        )
         errors = [
-            float(relative_error(target(self.to_device(a)), source(self.to_device(b))))
-            for a, b in pairs
+            float(
+                relative_error(
+                    target(self.to_device(self.converted[rows]), rows),
+                    source(self.to_device(self.original[rows]), rows),
+                )
+            )
+            for rows in self.some_batches(_ERROR_TOKENS)
         ]
         return sum(errors) / len(errors)
 

@@ -12,28 +12,25 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from uptrain.checkpoint.reader import (
-    DTYPE_NAMES,
-    DTYPES,
-    Checkpoint,
-    TensorEntry,
-    byte_chunks,
-    tensor_chunks,
-)
-from uptrain.conversion.tokenizer_files import tokenizer_files
+from uptrain.checkpoint.files import byte_chunks
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorEntry, tensor_chunks
+from uptrain.conversion.tokenizer_files import files_without_code, load_from, tokenizer_files
 from uptrain.errors import CheckpointError, UnsupportedFamilyError
 from uptrain.families import meta
 from uptrain.families.head_tensors import can_have_heads
-from uptrain.families.rewrites import Recipe, Rewrite, find_rewrites
-from uptrain.families.runtimes import runtimes
+from uptrain.families.rewrites import REWRITES, Recipe, Rewrite, find_rewrites
+from uptrain.families.runtimes import refusals, runtimes
+from uptrain.loading import load_tokenizer
 
-_BUFFER = ".rotary_emb.inv_freq"
+# Of models that transformers does not know: no weights, and written by their older versions only.
+_BUFFERS = (".inv_freq", ".masked_bias")
 _FETCH = "config and weights do not belong together, fetch both again"
 
 
 @dataclass(kw_only=True)
 class RewrittenCheckpoint(Checkpoint):
-    """A source rewritten into a family that has a number of KV heads, with as many as query heads.
+    """A source rewritten into a family that has a number of KV heads, with as many as it has itself.
 
     Its tensors are made one by one from those of the source, which are kept for the next one only.
     """
@@ -112,6 +109,8 @@ def as_architecture(
     with _naming(checkpoint.folder):
         rewrites = find_rewrites(checkpoint.config, architecture)
         if not rewrites:
+            if code is None and needs_own_code(checkpoint):
+                _refuse_unknown(checkpoint.config["model_type"])
             return checkpoint
         fitting = (r for r in rewrites if can_have_heads(r.config, num_key_value_heads, code))
         return _rewritten(checkpoint, next(fitting, rewrites[0]), code)
@@ -127,6 +126,27 @@ def all_architectures(checkpoint: Checkpoint, code: Path | None = None) -> list[
     with _naming(checkpoint.folder):
         rewrites = find_rewrites(checkpoint.config)
         return [_rewritten(checkpoint, rewrite, code) for rewrite in rewrites] or [checkpoint]
+
+
+def known_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Give a checkpoint's config, or that of its rewrite if only its own code knows its family.
+
+    Raises:
+        UnsupportedFamilyError: As `as_architecture`.
+        CheckpointError: As `as_architecture`.
+    """
+    with _naming(checkpoint.folder):
+        rewrites = find_rewrites(checkpoint.config) if needs_own_code(checkpoint) else []
+        return rewrites[0].config if rewrites else checkpoint.config
+
+
+def _refuse_unknown(model_type: str) -> None:
+    """Name the rewrites of a family that is to stay what only its own code knows."""
+    if known := REWRITES.get(model_type):
+        raise UnsupportedFamilyError(
+            f"{model_type}: is known to transformers only by code of the checkpoint's own, which has no "
+            f"number of KV heads; choose one of {', '.join(('auto', *known))}"
+        )
 
 
 @contextmanager
@@ -147,12 +167,15 @@ def describe_rewrite(checkpoint: Checkpoint, num_key_value_heads: int) -> dict[s
     if not isinstance(checkpoint, RewrittenCheckpoint):
         return None
     config = checkpoint.config
-    refusing = [r for r in runtimes(config, num_key_value_heads) if not r["accepts"]]
     return {
         "source": checkpoint.source.config["model_type"],
         "target": config["model_type"],
         "keeps_tensors": all(recipe.is_copy for recipe in checkpoint.recipes.values()),
-        "lost": [*checkpoint.lost, *(f"{r['runtime']}: {r['note']}" for r in refusing)],
+        "source_needs_code": needs_own_code(checkpoint.source),
+        "accepted_by": [
+            each["runtime"] for each in runtimes(config, num_key_value_heads) if each["accepts"]
+        ],
+        "lost": [*checkpoint.lost, *refusals(config, num_key_value_heads)],
     }
 
 
@@ -181,19 +204,49 @@ def _rewritten(checkpoint: Checkpoint, rewrite: Rewrite, code: Path | None) -> C
             f"{rewrite.config['model_type']}; the checkpoint is more than config.json says"
         )
     tensors = {name: _entry(checkpoint, name, recipe) for name, recipe in found.items()}
+    config, companions, lost = rewrite.config, checkpoint.companions, rewrite.lost
+    files: dict[str, bytes] = {}
+    if needs_own_code(checkpoint):
+        files, loss = files_without_code(checkpoint)
+        lost += loss
+        # Code is of no use any more, but for that of a tokenizer that could not be written anew.
+        companions = [
+            path
+            for path in companions
+            if path.suffix != ".py" or (loss and path.name.startswith("tokenization"))
+        ]
+        if not {"dtype", "torch_dtype"} & config.keys():  # transformers takes that of the weights
+            dtype = DTYPES[next(iter(tensors.values())).dtype]
+            config = {**config, "torch_dtype": str(dtype).removeprefix("torch.")}
     return RewrittenCheckpoint(
         folder=checkpoint.folder,
         name=checkpoint.name,
         revision=checkpoint.revision,
-        config=rewrite.config,
+        config=config,
         tensors=tensors,
-        companions=checkpoint.companions,
+        companions=companions,
         left_out=checkpoint.left_out,
         source=checkpoint,
         recipes=found,
-        files={**rewrite.files, **tokenizer_files(checkpoint, rewrite.config)},
-        lost=rewrite.lost,
+        files={**rewrite.files, **(files or tokenizer_files(checkpoint, config))},
+        lost=lost,
     )
+
+
+def needs_own_code(checkpoint: Checkpoint) -> bool:
+    """Say whether transformers does not know a checkpoint's family but by code that it brings along."""
+    return checkpoint.config["model_type"] not in CONFIG_MAPPING
+
+
+def tokenizer_of(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """Load a checkpoint's tokenizer, that of the target if it was rewritten.
+
+    Raises:
+        CheckpointError: If there is none, or transformers cannot load it.
+    """
+    if isinstance(checkpoint, RewrittenCheckpoint) and "tokenizer.json" in checkpoint.files:
+        return load_from(checkpoint, checkpoint.files)
+    return load_tokenizer(checkpoint, trust_remote_code)
 
 
 def _source_names(checkpoint: Checkpoint, code: Path | None) -> dict[str, str]:
@@ -206,8 +259,8 @@ def _source_names(checkpoint: Checkpoint, code: Path | None) -> dict[str, str]:
         CheckpointError: If a tensor has another shape than the config asks for, or a layer that it
             does not know.
     """
-    if checkpoint.config["model_type"] not in CONFIG_MAPPING:
-        return {name: name for name in checkpoint.tensors if not name.endswith(_BUFFER)}
+    if needs_own_code(checkpoint):
+        return {name: name for name in checkpoint.tensors if not name.endswith(_BUFFERS)}
     model = meta.build_on_meta(checkpoint.config, code)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     known = meta.names_in_memory(model, checkpoint.tensors)
@@ -228,5 +281,9 @@ def _entry(checkpoint: Checkpoint, name: str, recipe: Recipe) -> TensorEntry:
     """Learn a tensor's dtype and shape by making it without data."""
     entries = [checkpoint.tensors[source] for source in recipe.sources]
     empty = [torch.empty(e.shape, dtype=DTYPES[e.dtype], device="meta") for e in entries]
-    made = empty[0] if recipe.make is None else recipe.make(*empty)
+    try:
+        made = empty[0] if recipe.make is None else recipe.make(*empty)
+    except (RuntimeError, IndexError) as error:  # only where transformers does not know the shapes
+        shapes = " and ".join(f"{e.name} of shape {e.shape}" for e in entries)
+        raise CheckpointError(f"{name} cannot be made from tensor {shapes}; {_FETCH}") from error
     return TensorEntry(name, DTYPE_NAMES[made.dtype], tuple(made.shape), entries[0].path, 0)

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.reader import CONFIG, Checkpoint
+from uptrain.checkpoint.files import CONFIG
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.conversion.remote_tokenizers import class_with_code, without_code
 from uptrain.errors import CheckpointError
 from uptrain.loading import has_tokenizer, load_tokenizer
 
@@ -41,13 +43,46 @@ def tokenizer_files(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[s
     if not tokenizer.is_fast or _state(tokenizer) == _state(_with_config(checkpoint, config)):
         return {}
     settings = {key: getattr(tokenizer, key, None) for key in _SETTINGS}
-    content = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{key: value for key, value in settings.items() if value is not None},
-        **tokenizer.special_tokens_map,
-    }
+    stated = {key: value for key, value in settings.items() if value is not None}
+    return _written(tokenizer.backend_tokenizer, {**stated, **tokenizer.special_tokens_map})
+
+
+def files_without_code(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """Make the files of a tokenizer that needs code of its checkpoint's own, so that they need none.
+
+    Returns:
+        Content by name as `tokenizer_files`, and what is lost: a sentence if the code is still needed.
+
+    Raises:
+        CheckpointError: If `tokenizer_config.json` cannot be read.
+    """
+    name = class_with_code(checkpoint.folder)
+    if name is None:
+        return {}, ()
+    try:
+        return _written(*without_code(checkpoint.folder, name)), ()
+    except CheckpointError as error:
+        way_out = "load it with trust_remote_code=True, or put a tokenizer.json beside the weights"
+        return {}, (f"its tokenizer still needs its own code ({error}): {way_out}",)
+
+
+def load_from(checkpoint: Checkpoint, files: Mapping[str, bytes]) -> Any:
+    """Load the tokenizer that is in some files, by name.
+
+    Raises:
+        CheckpointError: If transformers cannot load it.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        return load_tokenizer(replace(checkpoint, folder=folder))
+
+
+def _written(tokenizer: Any, settings: Mapping[str, Any]) -> dict[str, bytes]:
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     return {
-        "tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True).encode(),
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": (
             json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         ).encode(),

@@ -9,16 +9,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.reader import (
-    CONFIG,
-    MODEL_CARD,
-    RECORD,
-    Checkpoint,
-    file_chunks,
-    open_checkpoint,
-    read_json,
-    tensor_chunks,
-)
+from uptrain.checkpoint.files import CONFIG, MODEL_CARD, RECORD, file_chunks, read_json
+from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.tensors import tensor_chunks
 from uptrain.conversion.convert import pooled_tensor
 from uptrain.conversion.options import METHODS
 from uptrain.conversion.plan import Plan, plan_conversion

@@ -77,6 +77,10 @@ FAMILIES: dict[str, Family | tuple[Family, ...]] = {
         refusal="two models attend to each other's keys and values, and the result was not checked; use it "
         "as it is"
     ),
+    "openai-gpt": Family(
+        refusal="its norms stand behind the residuals and its positions are learned, which no family with "
+        "KV heads has; use it as it is"
+    ),
     "phi3": Family(layouts=_QKV),
     "phi4_multimodal": Family(layouts=_QKV),
     "qwen2_5_omni": Family(refusal=_SEVERAL_MODELS),

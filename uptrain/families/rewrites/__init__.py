@@ -9,12 +9,24 @@ from transformers.models.auto import modeling_auto
 
 from uptrain.errors import UnsupportedFamilyError
 from uptrain.families import carried as carried_models
-from uptrain.families.rewrites import carried, falcon, gpt_bigcode, gpt_neox, gptj
+from uptrain.families.rewrites import (
+    baichuan,
+    carried,
+    chatglm,
+    falcon,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
+    internlm,
+    qwen,
+)
 from uptrain.families.rewrites.recipe import Recipe, Rewrite, copied
 
 __all__ = ["REWRITES", "Recipe", "Rewrite", "find_rewrites"]
 
 REWRITES: dict[str, dict[str, Callable[[Mapping[str, Any]], Rewrite | None]]] = {
+    "baichuan": {"llama": baichuan.to_llama},
+    "chatglm": {"glm": chatglm.to_glm},
     "codegen": {"phi": gptj.to_phi},
     "falcon": {"falcon": falcon.to_new_architecture},
     "gpt2": {"gpt_bigcode": gpt_bigcode.gpt2_to_gpt_bigcode},
@@ -24,7 +36,10 @@ REWRITES: dict[str, dict[str, Callable[[Mapping[str, Any]], Rewrite | None]]] = 
         "nemotron": gpt_neox.to_nemotron,
     },
     "gptj": {"phi": gptj.to_phi},
+    "internlm": {"llama": internlm.to_llama},
+    "internlm2": {"llama": internlm.internlm2_to_llama},
     "opt": {"gpt_bigcode": gpt_bigcode.opt_to_gpt_bigcode},
+    "qwen": {"qwen2": qwen.to_qwen2},
 }
 """By the source's `model_type`, in order of preference (starcoder2 is served by most runtimes)."""
 
@@ -35,6 +50,7 @@ for _family in carried_models.FAMILIES:
 _CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 _CLASSIFIER = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 _BASE = modeling_auto.MODEL_MAPPING_NAMES
+_CONFIGS = transformers.CONFIG_MAPPING
 
 
 def find_rewrites(config: Mapping[str, Any], architecture: str = "auto") -> list[Rewrite]:
@@ -69,7 +85,8 @@ def find_rewrites(config: Mapping[str, Any], architecture: str = "auto") -> list
         except UnsupportedFamilyError as error:
             reasons.append(str(error))
     if not found:
-        finding = "no number of KV heads and no exact rewrite into a family that has one"
+        lacking = "number of KV heads" if model_type in _CONFIGS else "class in transformers"
+        finding = f"no {lacking} and no exact rewrite into a family that has one"
         way_out = "use it as it is"
         if architecture != "auto":
             finding = f"no exact rewrite into {architecture}"

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from uptrain.errors import UnsupportedFamilyError
-from uptrain.families.layouts import split_heads
 from uptrain.families.registry import parse_config
 from uptrain.families.rewrites.recipe import (
     Recipe,
@@ -17,6 +16,7 @@ from uptrain.families.rewrites.recipe import (
     folded_linear,
     folded_norm,
     folding_loss,
+    fused_rows,
     linear,
     norm,
     rotary_keys,
@@ -174,20 +174,7 @@ def _outputs(parsed: Any, new: str, old: str, output: str, down: str) -> dict[st
 
 def _parts(parsed: Any) -> dict[str, Rows]:
     """Rows of queries, keys and values in [H, 3, d]."""
-    heads = Heads(parsed.num_attention_heads, parsed.num_attention_heads)
-
-    def query(tensor: Tensor) -> Tensor:
-        found = split_heads(tensor, Layout.GROUPED, heads)[0]
-        assert found is not None
-        return found.flatten(0, 1)
-
-    def key(tensor: Tensor) -> Tensor:
-        return split_heads(tensor, Layout.GROUPED, heads)[1][0].flatten(0, 1)
-
-    def value(tensor: Tensor) -> Tensor:
-        return split_heads(tensor, Layout.GROUPED, heads)[1][1].flatten(0, 1)
-
-    return {"q_proj": query, "k_proj": key, "v_proj": value}
+    return fused_rows(Layout.GROUPED, Heads(parsed.num_attention_heads, parsed.num_attention_heads))
 
 
 def _minus_one(gain: Tensor) -> Tensor:

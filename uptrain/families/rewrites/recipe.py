@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uptrain.families.layouts import split_heads
 from uptrain.families.registry import checkpoint_dtype, parse_config
+from uptrain.families.schema import Heads, Layout
 
 Rows = Callable[[Tensor], Tensor]
 """Chooses or orders the rows of a weight [rows, inputs] or a bias [rows]."""
@@ -64,6 +66,16 @@ def common_keys(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     }
 
 
+def stated_keys(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """Begin the target's config as `common_keys`, for a source that transformers does not know."""
+    kept = [key for key in (*_COMMON, *_KEPT) if key != "tokenizer_class" and key in config]
+    return {
+        "model_type": model_type,
+        "tie_word_embeddings": False,
+        **{key: config[key] for key in kept},
+    }
+
+
 def rotary_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """State rotary settings as transformers 5 reads them, and as 4 does.
 
@@ -88,6 +100,11 @@ def copied(target: str, source: str, *parts: str) -> dict[str, Recipe]:
     return {f"{target}.{part}": Recipe((f"{source}.{part}",)) for part in parts}
 
 
+def renamed(target: str, source: str, names: Mapping[str, str]) -> dict[str, Recipe]:
+    """Take tensors as they are: `source.old` becomes `target.new`, for names {new: old}."""
+    return {f"{target}.{new}": Recipe((f"{source}.{old}",)) for new, old in names.items()}
+
+
 def norm(target: str, source: str) -> dict[str, Recipe]:
     """Take a layer norm as it is."""
     return copied(target, source, "weight", "bias")
@@ -100,6 +117,31 @@ def linear(
     weight = f"{source}.weight"
     bias = Recipe((f"{source}.bias",), rows) if has_bias else zero_bias(weight, rows)
     return {f"{target}.weight": Recipe((weight,), rows), f"{target}.bias": bias}
+
+
+def fused_rows(layout: Layout, heads: Heads) -> dict[str, Rows]:
+    """Choose the rows of queries, keys and values in one tensor, by the names of their maps."""
+
+    def part(place: int) -> Rows:
+        def rows(tensor: Tensor) -> Tensor:
+            query, others = split_heads(tensor, layout, heads)
+            assert query is not None  # the layouts of fused tensors hold all three
+            return (query, *others)[place].flatten(0, 1)
+
+        return rows
+
+    return {name: part(place) for place, name in enumerate(("q_proj", "k_proj", "v_proj"))}
+
+
+def fused(
+    target: str, source: str, layout: Layout, heads: Heads, *, has_bias: bool = False
+) -> dict[str, Recipe]:
+    """Take queries, keys and values out of one linear map, all weights before all biases."""
+    return {
+        f"{target}.{part}.{leaf}": Recipe((f"{source}.{leaf}",), rows)
+        for leaf in (("weight", "bias") if has_bias else ("weight",))
+        for part, rows in fused_rows(layout, heads).items()
+    }
 
 
 def zero_bias(weight: str, rows: Rows | None = None) -> Recipe:
@@ -142,10 +184,12 @@ def folded_linear(
 
 def folding_loss(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Say what folding norms costs in a checkpoint of 16 bits."""
+    return rounding_loss(config, "layer norms are folded into the weights behind them, which are")
+
+
+def rounding_loss(config: Mapping[str, Any], finding: str) -> tuple[str, ...]:
+    """Say of weights that are made anew that a checkpoint of 16 bits rounds them once more."""
     dtype = checkpoint_dtype(config)
     if dtype.itemsize > 2:
         return ()
-    name = str(dtype).removeprefix("torch.")
-    return (
-        f"layer norms are folded into the weights behind them, which are rounded to {name} once more",
-    )
+    return (f"{finding} rounded to {str(dtype).removeprefix('torch.')} once more",)

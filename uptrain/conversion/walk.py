@@ -1,0 +1,302 @@
+"""Go through one list of layers: merge and repair each, with one layer of each model in memory.
+
+Two residual streams run side by side over the calibration text: that of the original, and that of
+the converted model as far as it is converted. A finished layer is written down at once, so that
+interrupted work goes on behind the last finished one.
+"""
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from uptrain.checkpoint.files import read_json
+from uptrain.checkpoint.staging import replace_file
+from uptrain.checkpoint.tensors import DTYPES
+from uptrain.conversion import repair
+from uptrain.conversion.attention import (
+    AttentionHeads,
+    AttentionNames,
+    add_to_keys,
+    read_heads,
+    write_heads,
+)
+from uptrain.conversion.encoder import Encoded, encode, encoded_by
+from uptrain.conversion.finished import LayerReport, layer_path
+from uptrain.conversion.freedom import Freedom, find_freedom, noisy, rotary_dims
+from uptrain.conversion.merge import Losses, Merged, merge_heads, merge_norms
+from uptrain.conversion.moments import Moments, balanced_signs, input_moments
+from uptrain.conversion.options import Options
+from uptrain.conversion.plan import Plan
+from uptrain.conversion.residual import ResidualStreams
+from uptrain.conversion.sample import Sample, usable_length
+from uptrain.conversion.stacks import ENCODER, Blocks
+from uptrain.conversion.stream import LayerStream
+from uptrain.errors import CheckpointError
+from uptrain.progress import Advance
+
+PASSES = 6
+"""Passes over the calibration tokens for each layer, if no number of steps is given."""
+_PROBE_TOKENS = 32
+
+
+class Walk:
+    """The state that goes from layer to layer: two models, two residual streams."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: Options,
+        partial: Path,
+        device: torch.device,
+        sample: Sample | None,
+        stack: tuple[str, Blocks],
+        before: "Walk | None" = None,
+        code: Path | None = None,
+    ) -> None:
+        """Load what lies outside the layers.
+
+        Args:
+            plan: The conversion.
+            options: How.
+            partial: Folder for finished layers.
+            device: Where to work.
+            sample: Calibration text, or None.
+            stack: Name of the list of layers, and where their attention blocks are.
+            before: Through the encoder, if that is converted too.
+            code: The checkpoint's folder if its own Python code may be executed.
+        """
+        self.plan, self.options, self.partial = plan, options, partial
+        self.name, self.blocks = stack
+        self.first: int = 0 if before is None else before.first + len(before)
+        """Of the numbers that these layers have among all."""
+        checkpoint = plan.checkpoint
+        self.source = LayerStream(checkpoint, checkpoint.config, self.name, device, code)
+        self.target = LayerStream(checkpoint, plan.config, self.name, device, code, self.source)
+        self.encoded: Encoded | None = None
+        if before is not None:
+            self.encoded = encoded_by(before.source, before.target, before.streams)
+        elif self.source.encoder is not None:
+            encoder = LayerStream(checkpoint, checkpoint.config, self.source.encoder, device, code)
+            given = None if sample is None else sample.encoder
+            self.encoded = encode(encoder, given, options.activation_bytes)
+        self.streams: ResidualStreams | None = None
+        inputs = None
+        if sample is not None:
+            inputs = sample.encoder if self.source.half == ENCODER else sample.tokens
+        if inputs is not None:
+            by_sequence = None if self.encoded is None else self.encoded.by_sequence
+            self.streams = ResidualStreams(
+                self.source, self.target, inputs, options.activation_bytes, by_sequence
+            )
+        self.rotary_dims = rotary_dims(checkpoint.config, code)
+        self.probe = noisy(self.source.embed(self._probe_inputs(inputs)))
+
+    def _probe_inputs(self, inputs: Tensor | None) -> Tensor:
+        length = min(_PROBE_TOKENS, usable_length(self.source.config) or _PROBE_TOKENS)
+        blank = self.source.blank_inputs(1, length)
+        if blank.is_floating_point():
+            return blank if inputs is None else inputs[:1]
+        return (torch.arange(length) % 17 + 1)[None] if inputs is None else inputs[:1, :length]
+
+    def __len__(self) -> int:
+        """Count the layers."""
+        return len(self.source)
+
+    @property
+    def steps(self) -> int:
+        """Steps in which each layer's weights are fitted."""
+        if self.streams is None:
+            return 0
+        if self.options.reconstruct_steps is not None:
+            return self.options.reconstruct_steps
+        return PASSES * (len(self.streams.original) // self.streams.batch)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Probe the first attention block of each kind."""
+        first = min(self.blocks)
+        source = self.source.layer(first)
+        for names in self.blocks[first]:
+            self._examine(first, names, source)
+
+    def run(self, advance: Advance) -> list[LayerReport]:
+        """Merge and repair all layers; each becomes a file.
+
+        Args:
+            advance: Progress, in steps.
+        """
+        self.advance = advance
+        reports: list[LayerReport] = []
+        for index in range(len(self.source)):
+            report_path = self.partial / f"layer-{self.first + index:05d}.json"
+            if report_path.is_file():
+                reports.append(LayerReport(**read_json(report_path)))
+                advance(max(1, self.steps), f"layer {index}, done before")
+                if self.streams is not None:
+                    self.streams.move(index, self.source.layer(index), self._load_done(index))
+                continue
+            report = self._layer(index)
+            content = json.dumps(asdict(report)) + "\n"
+            replace_file(report_path, content.encode())
+            reports.append(report)
+        return reports
+
+    @torch.no_grad()
+    def lost(self, counts: list[int], advance: Advance) -> dict[int, list[tuple[float, float]]]:
+        """Say what each number of KV heads would discard of V and K, block by block.
+
+        Args:
+            counts: Numbers of KV heads; a block that has fewer keeps its own.
+            advance: Progress, in layers.
+        """
+        found: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
+        for index in range(len(self.source)):
+            source = self.source.layer(index)
+            for names in self.blocks.get(index, ()):
+                parts, freedom = self._examine(index, names, source)
+                losses = Losses(parts, freedom, *self._moments(source, index, names))
+                for count in counts:
+                    fewer = min(count, names.heads.num_key_value_heads)
+                    groups = losses.choose_groups(fewer, self.options.grouping, index)
+                    found[count].append(losses.discarded(groups))
+            if self.streams is not None:
+                self.streams.move(index, source, source)
+            advance(1)
+        return found
+
+    def _run_probe(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        encoded = None if self.encoded is None else self.encoded.probe
+        return self.source.run(layer, index, hidden, encoded)
+
+    def _examine(
+        self, index: int, names: AttentionNames, source: nn.Module
+    ) -> tuple[AttentionHeads, Freedom]:
+        """Take an attention block apart and probe what may be done to it."""
+        parts = read_heads(source.state_dict(), names, names.heads)
+
+        def run_with(changed: AttentionHeads, added: Tensor | None = None) -> Tensor:
+            state_now = {n: t.float() for n, t in write_heads(changed, names).items()}
+            source.load_state_dict(state_now, strict=False)
+            with nullcontext() if added is None else add_to_keys(source, names, parts, added):
+                return self._run_probe(source, index, self.probe)
+
+        freedom = find_freedom(parts, run_with, self.rotary_dims)
+        run_with(parts)  # puts the original weights back
+        return parts, freedom
+
+    def _merge(
+        self, index: int, names: AttentionNames, source: nn.Module
+    ) -> tuple[Merged, Freedom]:
+        parts, freedom = self._examine(index, names, source)
+        moments = self._moments(source, index, names)
+        place = self.blocks[index].index(names)
+        merged = merge_heads(
+            parts,
+            freedom,
+            moments.moment,
+            names.num_key_value_heads,
+            covariance=moments.covariance,
+            query_moment=moments.query_moment,
+            method=self.options.method,
+            grouping=self.options.grouping,
+            seed=self.options.seed + 1000 * index + 500 * place,
+        )
+        return merged, freedom
+
+    @torch.no_grad()
+    def _layer(self, index: int) -> LayerReport:
+        report = LayerReport(self.first + index)
+        source = self.source.layer(index)
+        if index not in self.blocks:  # no attention here
+            self.advance(max(1, self.steps), f"layer {index}, no attention")
+            if self.streams is not None:
+                self.streams.move(index, source, source)
+            return report
+        replaced: dict[str, Tensor] = {}
+        blocks = {}
+        for names in self.blocks[index]:
+            merged, freedom = self._merge(index, names, source)
+            blocks[names.module] = {
+                "freedom": asdict(freedom),
+                "groups": merged.groups,
+                "discarded_energy": {"value": merged.discarded_value, "key": merged.discarded_key},
+            }
+            gains = merge_norms(source.state_dict(), names, names.heads, merged.groups)
+            written = {**write_heads(merged.parts, names), **gains}
+            replaced |= {name: tensor.float() for name, tensor in written.items()}
+        report.add(blocks)
+        layer = self.target.layer(index, replaced)
+        if self.streams is None:
+            self.advance(1, f"layer {index}")
+            self._save(index, layer, source)
+            return report
+        report.error, original = repair.repair_layer(
+            self.streams,
+            index,
+            source,
+            layer,
+            self.blocks[index],
+            lambda hidden, rows: self._run_probe(source, index, hidden),
+            self.probe,
+            refit=self.options.refit,
+            steps=self.steps,
+            seed=self.options.seed,
+            advance=self.advance,
+        )
+        self._save(index, layer, source)
+        self.streams.move(index, source, layer, original)
+        if not bool(self.streams.converted.isfinite().all()):
+            raise CheckpointError(
+                f"{self.plan.checkpoint.name}: layer {index} gives activations that are not finite; "
+                "check the checkpoint, or lower --reconstruct-steps"
+            )
+        return report
+
+    def _load_done(self, index: int) -> nn.Module:
+        disk = {disk: name for name, disk in self.target.names(index).items()}
+        path = layer_path(self.partial, self.first + index)
+        done = safetensors.torch.load_file(path) if path.is_file() else {}
+        return self.target.layer(index, {disk[name]: tensor for name, tensor in done.items()})
+
+    def _moments(self, layer: nn.Module, index: int, names: AttentionNames) -> Moments:
+        """Second moments of an attention block's input, or what stands for them."""
+        if self.streams is not None:
+            converted = self.streams.converted
+            batches = (
+                (converted[rows].to(self.probe), rows) for rows in self.streams.some_batches()
+            )
+            return input_moments(layer, names, self.streams.run_source(layer, index), batches)
+        gains = None if self.encoded is None else self.encoded.gains
+        signs = balanced_signs(self.probe.shape[-1]).to(self.probe)
+        found = input_moments(
+            layer,
+            names,
+            lambda hidden, rows: self.source.run(layer, index, hidden, gains),
+            [(signs, slice(None))],
+        )
+        if self.options.method == "align":
+            # Jin et al. align without weights; measured, weighting by the gain makes that worse.
+            return found.map(lambda moment: torch.eye(len(moment)).to(moment))
+        return found.map(lambda moment: moment.diagonal().diag())
+
+    def _save(self, index: int, layer: nn.Module, source: nn.Module) -> None:
+        """Write down the tensors that the conversion changed, rounded to the dtype of the files.
+
+        The layer goes on with the rounded weights, so that what follows is fitted to what is written.
+        """
+        known = self.target.names(index)
+        before, changed = source.state_dict(), {}
+        for name, tensor in layer.state_dict().items():
+            is_same = name in before and torch.equal(tensor, before[name])
+            if name in known and not is_same:
+                dtype = DTYPES[self.plan.checkpoint.tensors[known[name]].dtype]
+                rounded = tensor.detach().to(dtype)
+                tensor.copy_(rounded)
+                changed[known[name]] = rounded.cpu().contiguous()
+        path = layer_path(self.partial, self.first + index)
+        replace_file(path, safetensors.torch.save(changed))
