@@ -29,9 +29,7 @@ def test_a_multi_head_llama(tmp_path: Path) -> None:
         one = 2 * 2 * G * 16 * 8 * 64  # keys and values, layers, heads, head size, float64, context
         assert target["kv_cache_bytes"] == {"1": one, "16": 16 * one}
         runtimes = {each["runtime"]: each for each in target["runtimes"]}
-        assert set(runtimes) == {"transformers", "vLLM", "llama.cpp", "TGI"}
-        assert all(runtimes[name]["accepts"] for name in ("transformers", "vLLM", "llama.cpp"))
-        assert runtimes["TGI"]["accepts"] is None
+        assert set(runtimes) == {"transformers", "vLLM", "llama.cpp", "CTranslate2", "TGI"}
         even = [n for n in (1, 2, 4) if G % n == 0]
         assert runtimes["transformers"]["tensor_parallel"] == even
         assert runtimes["vLLM"]["tensor_parallel"] == [1, 2, 4]
@@ -49,6 +47,7 @@ def test_a_multi_head_llama(tmp_path: Path) -> None:
         ("vLLM", (28, 4), [1, 2, 4], []),  # 8 does not divide the query heads
         ("TGI", (32, 8), [1, 2, 4, 8], []),
         ("TGI", (32, 1), [1], []),
+        ("CTranslate2", (32, 4), [1, 2, 4], []),
         ("transformers", (32, 4), [1, 2, 4], []),
     ],
 )
@@ -61,24 +60,6 @@ def test_over_how_many_gpus_heads_are_split(
 
 def test_a_family_that_transformers_cannot_split() -> None:
     assert split_over("transformers", "stablelm", 32, 32)["tensor_parallel"] == [1]
-
-
-def test_classes_that_a_runtime_does_not_have(tmp_path: Path) -> None:
-    found = describe(save(tiny_model(tiny_config("helium")), tmp_path / "helium"))
-    runtimes = {each["runtime"]: each for each in found["targets"][0]["runtimes"]}
-    assert runtimes["llama.cpp"]["accepts"] is False
-    assert runtimes["llama.cpp"]["note"] == "its converter has no HeliumForCausalLM"
-    assert runtimes["vLLM"]["accepts"] is None
-    assert runtimes["vLLM"]["note"].startswith("has no HeliumForCausalLM of its own; its Trans")
-
-
-def test_a_family_whose_key_a_runtime_ignores(tmp_path: Path) -> None:
-    found = describe(save(tiny_model(tiny_config("phi")), tmp_path / "phi"))
-    accepted = {
-        target["num_key_value_heads"]: [r["accepts"] for r in target["runtimes"][1:3]]
-        for target in found["targets"]
-    }
-    assert accepted == {4: [True, True], 2: [False, False], 1: [False, False]}
 
 
 SPLIT = """

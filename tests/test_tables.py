@@ -7,8 +7,8 @@ from tiny import save, tiny_config, tiny_model
 
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.conversion.plan import inspect
-from uptrain.evaluation.serving import describe_serving
-from uptrain.evaluation.tables import evaluation, inspection, size, table
+from uptrain.evaluation.serving import describe_serving, split_over
+from uptrain.evaluation.tables import evaluation, gpus, inspection, size, table
 
 RESULT = {
     "model": "gqa",
@@ -135,11 +135,70 @@ def test_an_inspection(tmp_path: Path) -> None:
     ]
     rows = [line.split() for line in lines]
     start = next(i for i, row in enumerate(rows) if row[:2] == ["KV", "heads"])
-    assert lines[start].endswith("1 × 64 tokens  16 × 64 tokens  splits over")
-    assert rows[start + 2][:3] == ["4", "2,048", "1×"]
-    assert rows[start + 4][:3] == ["1", "512", "4×"]
-    assert rows[start + 4][-2:] == ["1", "GPU"]
-    by_runtime = {row[0]: row for row in rows if row and row[0] in ("vLLM", "llama.cpp")}
-    assert by_runtime["vLLM"][1] == "4"
-    assert by_runtime["llama.cpp"][1] == "4"
-    assert "2, 1: its converter writes as many KV heads as query heads" in lines[-2] + lines[-3]
+    assert rows[start][-6:] == ["at", "64", "at", "4k", "at", "32k"]
+    assert rows[start + 2] == ["4", "2,048", "1×", "128.0", "KiB", "8.0", "MiB", "64.0", "MiB"]
+    assert rows[start + 4] == ["1", "512", "4×", "32.0", "KiB", "2.0", "MiB", "16.0", "MiB"]
+    start = next(i for i, row in enumerate(rows) if row[:2] == ["KV", "heads"] and "vLLM" in row)
+    taken = {}
+    for name in ("transformers", "vLLM", "TGI"):
+        place = lines[start].index(name)
+        taken[name] = [line[place:].split("  ")[0] for line in lines[start + 2 : start + 5]]
+    assert taken == {
+        "transformers": ["1 2 4", "1 2", "1"],
+        "vLLM": ["1 2 4", "no", "no"],
+        "TGI": ["1 2 4 ?", "1 2 ?", "1 ?"],
+    }
+    notes = " ".join(" ".join(row) for row in rows[start + 5 :])
+    assert "? not known whether it loads" in notes
+    assert "vLLM 4: from its source, not run 2, 1: its own class ignores the number of" in notes
+    assert "2, 1: its converter writes as many KV heads as query heads CTranslate2" in notes
+
+
+def test_copies_and_layers_are_told_apart() -> None:
+    split = {"tensor_parallel": [1, 2, 4, 8], "copied": [4, 8]}
+    assert gpus(split) == "1 2 4* 8*"
+    assert gpus({"tensor_parallel": None, "copied": []}) == "any"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi", "gpt_neox", "opt"])
+def test_an_inspection_fits_80_columns(model_type: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save(tiny_model(tiny_config(model_type)), tmp_path / model_type))
+    described = describe_serving(inspect(checkpoint), checkpoint)
+    text = inspection(described)
+    assert max(map(len, text.splitlines())) <= 80
+    assert ("rewritten" in text) == (model_type in ("gpt_neox", "opt"))
+
+
+def test_the_widest_inspection_fits_80_columns() -> None:
+    runtimes = [
+        {"runtime": name, "accepts": None if name == "TGI" else True, "note": "word " * 40}
+        for name in ("transformers", "vLLM", "llama.cpp", "CTranslate2", "TGI")
+    ]
+    targets = [
+        {
+            "num_key_value_heads": G,
+            "kv_cache_bytes_per_token": G * 131072,
+            "model_type": "llama",
+            "runtimes": [
+                each
+                | (
+                    {"tensor_parallel": None, "copied": []}
+                    if each["runtime"] == "llama.cpp"
+                    else split_over(each["runtime"], "llama", 128, G)
+                )
+                for each in runtimes
+            ],
+        }
+        for G in (128, 8, 1)
+    ]
+    text = inspection(
+        {
+            "model": "large", "model_type": "llama", "architecture": "LlamaForCausalLM",
+            "num_attention_heads": 128, "num_key_value_heads": 128, "num_hidden_layers": 128,
+            "head_dim": 128, "context": 131072, "parameters": 10**12, "weight_bytes": 2 * 10**12,
+            "dtype": "bfloat16", "targets": targets,
+        }
+    )  # fmt: skip
+    assert max(map(len, text.splitlines())) <= 80
+    assert "at 128k" in text
+    assert "1 2* 4* 8* 16*" in text

@@ -11,6 +11,7 @@ from test_quality import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uptrain.errors import UptrainError
+from uptrain.evaluation.quality import evaluate
 from uptrain.evaluation.tasks import check_tasks, run_tasks
 
 is_here = importlib.util.find_spec("lm_eval") is not None
@@ -76,6 +77,15 @@ def test_a_task_of_our_own_is_measured(tmp_path: Path, monkeypatch: pytest.Monke
         assert found["uptrain_letters"]["acc"][name] == pytest.approx(share)
         error = math.sqrt(share * (1 - share) / (len(rows) - 1))
         assert found["uptrain_letters"]["acc"][f"{name}_stderr"] == pytest.approx(error)
+    result = evaluate(
+        tmp_path / "target",
+        tmp_path / "data.jsonl",
+        reference=tmp_path / "reference",
+        tasks=["uptrain_letters"],
+        tasks_folder=tmp_path,
+        device="cpu",
+    )
+    assert result["tasks"] == found
 
 
 @needs_harness

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -150,7 +151,11 @@ trust_option = click.option(
     help="Text or jsonl: repair every layer on it, which loses far less.",
 )
 @click.option(
-    "--calibration-tokens", type=click.IntRange(min=1), default=262_144, show_default=True
+    "--calibration-tokens",
+    type=click.IntRange(min=1),
+    default=262_144,
+    show_default=True,
+    help="Tokens that are drawn from that text.",
 )
 @click.option("--no-refit", is_flag=True, help="Do not solve output projections anew.")
 @click.option(
@@ -163,8 +168,20 @@ trust_option = click.option(
     "--activation-bytes", type=Size(), help="Most activations on the device, such as 8GB."
 )
 @click.option("--device", help="Where to calibrate: cpu, cuda, …  [default: a GPU if there is one]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of whatever is drawn: heads, text, bases.",
+)
+@click.option(
+    "--max-shard-size",
+    type=Size(),
+    default="5GB",
+    show_default=True,
+    help="Most bytes of one weight file.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at TARGET.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, write nothing.")
 @trust_option
@@ -251,7 +268,8 @@ def convert(
     else:
         title = f"{result['source']} → {target}"
         check = f"uptrain evaluate {target} --reference {source} --data TEXT"
-        if result["auto_class"] != "AutoModelForCausalLM":  # no model that continues a text
+        needs_code = (result["rewrite"] or {}).get("source_needs_code")
+        if needs_code or result["auto_class"] != "AutoModelForCausalLM":  # evaluate cannot load it
             check = f"uptrain verify {target} --source {source}"
         rows.append(("next", check))
     _print_rows(title, rows)
@@ -286,7 +304,7 @@ def finetune(recipe: str, overrides: Sequence[str], resume: bool, as_json: bool)
         return
     folder = Path(loaded.output) / "report"
     content = report([Path(loaded.output)], folder)
-    result["report"] = str(folder / "report.md")
+    result["report"] = str(folder / "report.html")
     if as_json:
         _print_json(result)
     else:
@@ -367,7 +385,8 @@ def run(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
     from uptrain.training.recipe import load_recipe
 
     with redirect_stdout(sys.stderr):  # trackers speak there, but it is for results
-        result = run(load_recipe(recipe, overrides))
+        command = shlex.join(["uptrain", "run", recipe, *overrides])
+        result = run(load_recipe(recipe, overrides), command)
     if not result:  # only the main process reports
         return
     if as_json:
@@ -398,12 +417,12 @@ def run(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
 @click.option(
     "--optimizer",
     type=click.Choice(["adamw", "adafactor", "muon", "adamw8bit"]),
-    help="[default: adamw]",
+    help="What it is trained by.  [default: adamw]",
 )
 @click.option(
     "--trainable",
     type=click.Choice(["all", "attention", "attention-first"]),
-    help="[default: all]",
+    help="What is trained.  [default: all]",
 )
 @click.option(
     "--teacher/--no-teacher", default=None, help="Distil from MODEL or not.  [default: --teacher]"
@@ -411,7 +430,7 @@ def run(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
 @click.option(
     "--sequence-length",
     type=click.IntRange(min=1),
-    help="[default: the model's context, at most 2048]",
+    help="Tokens of one sequence.  [default: the model's context, at most 2048]",
 )
 @click.option(
     "--micro-batch-tokens",
@@ -492,7 +511,7 @@ def verify(
 )
 @json_option
 def report(folders: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
-    """Gather the results of runs into tables and plots."""
+    """Put the results of a run on one page, or compare several."""
     from uptrain.report import report
 
     if output is None:
@@ -501,7 +520,7 @@ def report(folders: tuple[Path, ...], output: Path | None, as_json: bool) -> Non
     if as_json:
         _print_json(result)
     else:
-        _print_report(result, [("report", str(output / "report.md"))])
+        _print_report(result, [("report", str(output / "report.html"))])
 
 
 @main.group()
@@ -590,7 +609,8 @@ def _rewrite_rows(rewrite: dict[str, Any] | None) -> list[tuple[str, str]]:
     if rewrite is None:
         return []
     made = f"{rewrite['source']} → {rewrite['target']}, which computes the same"
-    return [("rewrite", made), *(("", sentence) for sentence in rewrite["lost"])]
+    accepted = f"accepted by {', '.join(rewrite['accepted_by'])}"
+    return [("rewrite", made), *(("", sentence) for sentence in (accepted, *rewrite["lost"]))]
 
 
 def _print_layers(layers: Sequence[dict[str, Any]]) -> None:

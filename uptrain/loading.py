@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import CheckpointError, UnsupportedFamilyError, UptrainError, one_line
@@ -185,6 +186,12 @@ def vocabulary_size(config: "PretrainedConfig") -> int | None:
     """Give the size of a model's vocabulary, if its config says so."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) else None
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Give the layers of a model, as its class names them: the units of compilation and sharding."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _model_class(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:

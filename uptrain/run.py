@@ -2,31 +2,43 @@
 
 import hashlib
 import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from uptrain.checkpoint.card import model_card
-from uptrain.checkpoint.reader import MODEL_CARD, RECORD, read_json, resolve_source
+from uptrain.checkpoint.files import MODEL_CARD, RECORD, read_json
+from uptrain.checkpoint.reader import resolve_source
 from uptrain.checkpoint.staging import replace_file
 from uptrain.conversion.convert import convert
 from uptrain.conversion.options import make_options
 from uptrain.errors import CheckpointError, RecipeError
 from uptrain.evaluation.quality import evaluate
 from uptrain.report import report
+from uptrain.report.runs import RUN, STAGES
 from uptrain.training import processes
 from uptrain.training.loop import finetune
 from uptrain.training.options import ConvertOptions, EvaluateOptions
 from uptrain.training.recipe import Recipe
 from uptrain.training.setup import make_accelerator
 
+Note = Callable[[str, float], None]
 
-def run(recipe: Recipe) -> dict[str, Any]:
+
+def run(recipe: Recipe, command: str | None = None) -> dict[str, Any]:
     """Do everything that a recipe says; stages that an earlier call finished are not done again.
 
     Its output folder comes to hold `converted/`, `checkpoints/`, `final/` and `report/`.
 
     Args:
         recipe: From `load_recipe`; its `source` is the original checkpoint.
+        command: The command line, for the report to name.
 
     Returns:
         `converted`, `final` and `report_path` (paths), `training` (what `finetune` returned),
@@ -46,15 +58,17 @@ def run(recipe: Recipe) -> dict[str, Any]:
     converted, folder = output / "converted", output / "report"
     make_accelerator(recipe)  # from here on the processes know of each other
     how = recipe.convert
-    processes.in_main(lambda: _convert(recipe.source, converted, how))
+    note = partial(_note, output / RUN, command)
+    processes.in_main(lambda: _convert(recipe.source, converted, how, note))
     training = finetune(recipe.model_copy(update={"source": str(converted)}), resume=True)
     if not training:
         return {}
+    note("uptrain", training["seconds"])
     final = Path(training["final"])
     # The converted checkpoint decodes as fast as the final one, which has its shape.
     alike = recipe.evaluate.model_copy(update={"decode": False})
     evaluations = {
-        name: _evaluate(model, recipe.source, options, folder / f"{name}.json")
+        name: _evaluate(model, recipe.source, options, folder / f"{name}.json", note)
         for name, model, options in (
             ("converted", converted, alike),
             ("final", final, recipe.evaluate),
@@ -66,16 +80,43 @@ def run(recipe: Recipe) -> dict[str, Any]:
     return {
         "converted": str(converted),
         "final": str(final),
-        "report_path": str(folder / "report.md"),
+        "report_path": str(folder / "report.html"),
         "training": training,
         "evaluations": evaluations,
         "report": report([output], folder),
     }
 
 
-def _convert(source: str, target: Path, options: ConvertOptions) -> None:
+def _note(path: Path, command: str | None, stage: str, seconds: float) -> None:
+    """Keep for the report what a stage took: its time, and the most memory until its end.
+
+    Raises:
+        CheckpointError: If that cannot be written.
+    """
+    kept = read_json(path) if path.is_file() else {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    took = {
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+    if torch.cuda.is_available():
+        took["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    kept |= {"stages": kept.get("stages", {}) | {stage: took}}
+    kept |= {} if command is None else {"command": command}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.parent}: cannot be created ({error.strerror}); choose another output"
+        ) from error
+    replace_file(path, (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _convert(source: str, target: Path, options: ConvertOptions, note: Note) -> None:
     if not target.exists():
+        begun = time.perf_counter()
         convert(source, target, **options.model_dump())
+        note("convert", time.perf_counter() - begun)
         return
     record = read_json(target / RECORD)
     settings = make_options(
@@ -99,7 +140,9 @@ def _convert(source: str, target: Path, options: ConvertOptions) -> None:
             )
 
 
-def _evaluate(model: Path, source: str, options: EvaluateOptions, kept: Path) -> dict[str, Any]:
+def _evaluate(
+    model: Path, source: str, options: EvaluateOptions, kept: Path, note: Note
+) -> dict[str, Any]:
     """Evaluate a checkpoint against the original, unless that was done on the same inputs."""
     data = Path(options.data)
     inputs = {
@@ -111,8 +154,9 @@ def _evaluate(model: Path, source: str, options: EvaluateOptions, kept: Path) ->
         known = read_json(kept)
         if known.pop("inputs", None) == inputs:
             return known
+    begun = time.perf_counter()
     result = evaluate(str(model), reference=source, **options.model_dump())
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    note(f"evaluate {STAGES[kept.stem]}", time.perf_counter() - begun)
     content = json.dumps({**result, "inputs": inputs}, indent=2, ensure_ascii=False) + "\n"
     replace_file(kept, content.encode())
     return result

@@ -1,5 +1,6 @@
 """A batch whose context is full: prefilled, and decoded one token further again and again."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
@@ -9,13 +10,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uptrain.errors import UptrainError, one_line
-from uptrain.loading import vocabulary_size
+from uptrain.loading import decoder_layers, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}  # at once; servers bound them as well
 _WARMUP_STEPS = 3
+_ROTARY = "apply_rotary_pos_emb"
+"""Of the modeling files of transformers."""
 
 
 class FullBatch:
@@ -83,7 +86,24 @@ class FullBatch:
                 layer.cumulative_length_int -= 1
 
     def capture(self) -> None:
-        """Make a CUDA graph of the step, so that no time goes into launching it from Python."""
+        """Make a CUDA graph of the step, so that no time goes into launching it from Python.
+
+        Much of it is compiled, so that none goes into many small kernels either; where it cannot be,
+        the graph holds the stock ones.
+        """
+        places = [place.clone() for place in self._places]
+        try:
+            with compiled_parts(self.model):
+                self._graph = self._captured()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # the compiler's errors are such too
+            torch.cuda.synchronize()
+            for place, was in zip(self._places, places, strict=True):
+                place.copy_(was)
+            self._graph = self._captured()
+
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -99,8 +119,38 @@ class FullBatch:
             raise
         except RuntimeError:  # the model waits for the device on the way, which a graph cannot
             torch.cuda.synchronize()
-            return
-        self._graph = graph
+            return None
+        return graph
+
+
+@contextmanager
+def compiled_parts(model: "PreTrainedModel") -> Iterator[None]:
+    """Compile the norms and MLPs of a model's layers, and its rotary embedding.
+
+    Most of a stock step's kernels are theirs and small. Attention itself knows its place in the cache,
+    and would be compiled anew for each layer.
+    """
+    parts = [
+        part
+        for layer in decoder_layers(model)
+        for part in layer.children()
+        if not any(hasattr(module, "layer_idx") for module in part.modules())
+    ]
+    code = sys.modules[type(model).__module__]
+    rotary = getattr(code, _ROTARY, None)
+    # A limit is meant for functions whose arguments vary without end; here they are few.
+    with torch._dynamo.config.patch(recompile_limit=2**10):
+        for part in parts:
+            part.forward = torch.compile(part.forward, dynamic=False)
+        if rotary is not None:
+            setattr(code, _ROTARY, torch.compile(rotary, dynamic=False))
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part.forward
+            if rotary is not None:
+                setattr(code, _ROTARY, rotary)
 
 
 @contextmanager

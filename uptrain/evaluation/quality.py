@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.staging import replace_file
 from uptrain.errors import CheckpointError, DataError, UnsupportedFamilyError, UptrainError
 from uptrain.evaluation.blocks import read_blocks
 from uptrain.evaluation.continuations import continue_prompts
@@ -294,12 +295,10 @@ def _num_key_value_heads(
 
 
 def _write(folder: Path, result: Mapping[str, Any]) -> None:
-    partial = folder / f".{EVALUATION}.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / EVALUATION)
     except OSError as error:
         raise UptrainError(
             f"{folder}: cannot take the result ({error.strerror}); choose another --output"
         ) from error
+    replace_file(folder / EVALUATION, (json.dumps(result, indent=2) + "\n").encode())

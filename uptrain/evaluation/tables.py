@@ -1,12 +1,13 @@
 """What was inspected and evaluated, as text for a terminal or an issue."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uptrain.evaluation.serving import BATCHES
-
 _RULE = "─"
+_NARROW = 80  # characters of a line of what is pasted into an issue
+_CONTEXTS = (4096, 32768)
 _LINE = 100  # characters of a text that is shown
 _MODES = ("greedy", "sampled")
 _DECODE_COLUMNS = [
@@ -43,6 +44,8 @@ def labelled(rows: Sequence[tuple[str, str]]) -> list[str]:
 def inspection(result: Mapping[str, Any]) -> str:
     """Show a checkpoint's heads, and what follows from each number of KV heads.
 
+    No line is wider than 80 characters, so that it survives a terminal, a pipe and an issue.
+
     Args:
         result: From `uptrain.evaluation.serving.describe_serving`.
     """
@@ -61,61 +64,92 @@ def inspection(result: Mapping[str, Any]) -> str:
             ("context", f"{context:,} tokens" if context else "the config names none"),
             (
                 "weights",
-                f"{result['parameters']:,} values, {size(result['weight_bytes'])} in {result['dtype']}",
+                f"{result['parameters']:,} parameters, {size(result['weight_bytes'])} in "
+                f"{result['dtype']}",
             ),
         ]
     )
-    targets = result["targets"]
+    parts = [[result["model"], *head], _caches(result), _runtimes(result)]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _caches(result: Mapping[str, Any]) -> list[str]:
+    """Show the KV cache of a token and of whole contexts, for each number of KV heads."""
+    targets, K = result["targets"], result["num_key_value_heads"]
     own = next(t for t in targets if t["num_key_value_heads"] == K)["kv_cache_bytes_per_token"]
-    batches = [f"{n} × {context:,} tokens" for n in BATCHES] if context else []
-    rows = [["KV heads", "bytes a token", "smaller", *batches, "splits over"]]
+    lengths = sorted({*_CONTEXTS, result["context"] or _CONTEXTS[0]})
+    rows = [["KV heads", "bytes a token", "smaller", *(f"at {_short_count(n)}" for n in lengths)]]
     for target in targets:
         cached = target["kv_cache_bytes_per_token"]
-        even = next(r for r in target["runtimes"] if r["runtime"] == "TGI")["tensor_parallel"]
-        caches = target["kv_cache_bytes"] or {}
         rows.append(
             [
                 str(target["num_key_value_heads"]),
                 f"{cached:,}",
                 f"{own / cached:.3g}×",
-                *(size(each) for each in caches.values()),
-                f"{', '.join(map(str, even))} GPU" + "s" * (even != [1]),
+                *(size(cached * length) for length in lengths),
             ]
         )
-    parts = [[result["model"], *head], table(rows, left=1), _runtimes(result)]
-    return "\n\n".join("\n".join(part) for part in parts)
+    return table(rows)
+
+
+def _short_count(tokens: int) -> str:
+    """Name a context as people do: 4k is 4096 tokens."""
+    return f"{tokens // 1024:,}k" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
 def _runtimes(result: Mapping[str, Any]) -> list[str]:
-    """Say which numbers of KV heads each runtime takes, how it splits them, and why not others."""
+    """Say over how many GPUs each runtime takes each number of KV heads, and why not others."""
     targets = result["targets"]
-    counts = [target["num_key_value_heads"] for target in targets]
-    rows = [["runtime", "accepts", "over several GPUs", "note"]]
-    for i, first in enumerate(targets[0]["runtimes"]):
-        each = [target["runtimes"][i] for target in targets]
-        taken = [count for count, runtime in zip(counts, each, strict=True) if runtime["accepts"]]
-        unknown = all(runtime["accepts"] is None for runtime in each)
-        accepts = "not known" if unknown else "all" if taken == counts else _join(taken) or "none"
-        notes = []
-        for note in dict.fromkeys(runtime["note"] for runtime in each):
-            about = [c for c, runtime in zip(counts, each, strict=True) if runtime["note"] == note]
-            notes.append(note if about == counts else f"{_join(about)}: {note}")
-        rows.append([first["runtime"], accepts, _splitting(each), notes[0]])
-        rows += [["", "", "", note] for note in notes[1:]]
-    lines = table(rows, left=len(rows[0]))
+    names = [runtime["runtime"] for runtime in targets[0]["runtimes"]]
+    rows = [["KV heads", *names]]
+    for target in targets:
+        rows.append([str(target["num_key_value_heads"]), *map(_taken, target["runtimes"])])
+    lines = ["  Runtimes, and the GPUs that each can split it over", *table(rows, left=len(names))]
+    if any("*" in cell for row in rows for cell in row):
+        lines += _wrapped(
+            "*", "KV heads lie there more than once: each GPU's cache gets no smaller"
+        )
+    if any("?" in cell for row in rows for cell in row):
+        lines += _wrapped("?", "not known whether it loads")
+    lines.append("")
+    for i, name in enumerate(names):
+        notes: dict[str, list[int]] = {}
+        for target in targets:
+            note = target["runtimes"][i]["note"]
+            notes.setdefault(note, []).append(target["num_key_value_heads"])
+        for number, (note, about) in enumerate(notes.items()):
+            which = "" if len(notes) == 1 else f"{_join(about)}: "
+            lines += _wrapped(name if number == 0 else "", which + note, max(map(len, names)))
     for model_type in dict.fromkeys(target["model_type"] for target in targets):
         if model_type != result["model_type"]:
             about = [t["num_key_value_heads"] for t in targets if t["model_type"] == model_type]
-            lines += ["", f"  {_join(about)}: rewritten as {model_type}"]
+            lines += ["", *_wrapped(f"{_join(about)} KV heads", f"rewritten as {model_type}")]
     return lines
 
 
-def _splitting(each: Sequence[Mapping[str, Any]]) -> str:
-    if each[0]["tensor_parallel"] is None:
-        return "by layers, any number"
-    if any(runtime["copied"] for runtime in each):
-        return "as above, or with copies of KV heads"
-    return "as above" if any(runtime["tensor_parallel"] != [1] for runtime in each) else "one only"
+def _taken(runtime: Mapping[str, Any]) -> str:
+    """Say whether a runtime takes a checkpoint, and over how many GPUs."""
+    return "no" if runtime["accepts"] is False else gpus(runtime) + " ?" * (not runtime["accepts"])
+
+
+def gpus(runtime: Mapping[str, Any]) -> str:
+    """Give the numbers of GPUs that a runtime splits a checkpoint over; a star marks copies."""
+    if runtime["tensor_parallel"] is None:
+        return "any"
+    return " ".join(f"{n}{'*' * (n in runtime['copied'])}" for n in runtime["tensor_parallel"])
+
+
+def _wrapped(label: str, text: str, width: int = 0) -> list[str]:
+    """Set a label and what it says, in lines of 80 characters."""
+    first = f"  {label:<{width}}  "
+    return textwrap.wrap(
+        text,
+        _NARROW,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _join(numbers: Sequence[int]) -> str:

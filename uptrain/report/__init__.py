@@ -1,20 +1,29 @@
-"""Results of runs, gathered into one JSON file, a Markdown page and plots."""
+"""Results of runs, gathered into one page: HTML, Markdown, JSON and plots."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import uptrain
 from uptrain.errors import UptrainError
-from uptrain.report import plots, text
+from uptrain.report import plots
+from uptrain.report.canvas import HOW_TO_GET_PLOTS, Figure, can_draw
+from uptrain.report.evaluated import copying_losses, places, quality_table
+from uptrain.report.page import pages
+from uptrain.report.recovery import Curve, draw_recovery
 from uptrain.report.runs import read_runs
+from uptrain.report.sections import training_table
+from uptrain.report.summary import common_setting, comparison, points, ranked
+from uptrain.report.text import as_text, last_stage, verdict
 
 __all__ = ["report", "summary_table"]
 
 
 def report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
-    """Gather the results of runs into `report.json`, `report.md` and plots.
+    """Gather the results of runs into `report.html`, `report.md`, `report.json` and plots.
+
+    The page holds its plots, and takes nothing from a network.
 
     Args:
         folders: Output folders of `uptrain run` or `finetune`, or folders with an
@@ -31,17 +40,22 @@ def report(folders: Sequence[Path], output: Path) -> dict[str, Any]:
     """
     runs = read_runs([Path(folder) for folder in folders])
     for run in runs:
-        run["verdict"] = text.verdict(run)
-    content: dict[str, Any] = {"uptrain_version": uptrain.__version__, "runs": runs}
+        run["verdict"] = verdict(run)
+    figures = _draw(runs) if can_draw() else []
+    content: dict[str, Any] = {
+        "uptrain_version": uptrain.__version__,
+        "runs": runs,
+        "plots": [figure.file for figure in figures],
+    }
+    if not can_draw():
+        content["note"] = HOW_TO_GET_PLOTS
+    files = {figure.file: figure.standalone() for figure in figures}
+    files["report.json"] = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    files |= pages(runs, figures, content.get("note"))
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if plots.can_draw():
-            content["plots"] = _draw(runs, output)
-        else:
-            content |= {"plots": [], "note": plots.HOW_TO_GET_PLOTS}
-        as_json = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        _publish(output / "report.json", lambda path: _write_text(path, as_json))
-        _publish(output / "report.md", lambda path: _write_text(path, text.markdown(content)))
+        for name, text in files.items():
+            _publish(output / name, text)
     except OSError as error:
         raise UptrainError(
             f"{output}: cannot take the report ({error.strerror}); choose another --output"
@@ -53,61 +67,63 @@ def summary_table(content: Mapping[str, Any]) -> str:
     """Lay out the verdict and main figures of a report as plain text for a terminal."""
     runs = content["runs"]
     if len(runs) == 1:
-        tables = [table for _, table in text.tables(runs[0])]
+        tables = [quality_table(runs[0]["evaluations"]), training_table(runs[0])]
         blocks = [runs[0]["verdict"]]
     else:
-        tables, blocks = [text.comparison(runs)], []
-    blocks += [text.as_text(table) for table in tables if len(table) > 1]
+        tables, blocks = [comparison(ranked(runs))], []
+    blocks += [as_text(table) for table in tables if table is not None]
     if content.get("note"):
         blocks.append(content["note"])
     return "\n\n".join(blocks)
 
 
-def _draw(runs: Sequence[Mapping[str, Any]], output: Path) -> list[str]:
-    """Draw what there is to draw; returns the names of the files."""
-    drawn = []
-    curves = [curve for run in runs if (curve := _curve(run)) is not None]
-    if curves:
-        _publish(output / "loss.png", lambda path: plots.draw_loss(path, curves))
-        drawn.append("loss.png")
-    if len(runs) == 1 and runs[0]["layers"]:
-        layers = runs[0]["layers"]
-        _publish(output / "layers.png", lambda path: plots.draw_layers(path, layers))
-        drawn.append("layers.png")
-    points = [point for run in runs if (point := _point(run)) is not None]
-    if len(runs) > 1 and points:
-        _publish(output / "comparison.png", lambda path: plots.draw_comparison(path, points))
-        drawn.append("comparison.png")
+def _draw(runs: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Draw what there is to draw."""
+    ordered = ranked(runs)
+    curves = [curve for run in ordered if (curve := _curve(run)) is not None]
+    drawn = [draw_recovery(curves)] if curves else []
+    if len(runs) == 1:
+        return drawn + _draw_one(runs[0])
+    if against_cache := points(ordered):
+        what = "KV cache, bytes a token"
+        drawn.append(plots.draw_comparison(against_cache, what, "comparison"))
+    setting = common_setting(runs)
+    if setting is not None and (against_time := points(ordered, setting)):
+        what = "milliseconds a decoding step"
+        drawn.append(plots.draw_comparison(against_time, what, "decode-comparison"))
     return drawn
 
 
-def _curve(run: Mapping[str, Any]) -> plots.Curve | None:
+def _draw_one(run: Mapping[str, Any]) -> list[Figure]:
+    stages, drawn = run["evaluations"], []
+    if any(layer["discarded_energy"] for layer in run["layers"]):
+        drawn.append(plots.draw_layers(run["layers"]))
+    found, context = places(stages)
+    if found:
+        drawn.append(plots.draw_positions(found, context))
+    if losses := copying_losses(stages):
+        series = [
+            plots.Series(name, [row[0] for row in rows], [row[2] for row in rows])
+            for name, rows in losses.items()
+        ]
+        drawn.append(plots.draw_copying(series))
+    if rows := (last_stage(stages) or {}).get("decode"):
+        drawn.append(plots.draw_decode(rows))
+    return drawn
+
+
+def _curve(run: Mapping[str, Any]) -> Curve | None:
     training, stages = run["training"], run["evaluations"]
     if training is None:
         return None
     levels = {"original": stages["original"]["loss"]} if "original" in stages else {}
     is_last = training["exported_step"] == training["steps"]
     exported = None if is_last else training["exported_tokens"]
-    return plots.Curve(run["name"], **training["curves"], exported_tokens=exported, levels=levels)
+    return Curve(run["name"], **training["curves"], exported_tokens=exported, levels=levels)
 
 
-def _point(run: Mapping[str, Any]) -> plots.Point | None:
-    stages = run["evaluations"]
-    converted = stages.get("converted")
-    final = stages.get("uptrained") or stages.get("evaluated")
-    increases = [stage.get("loss_increase") if stage else None for stage in (converted, final)]
-    if increases == [None, None]:
-        return None
-    cached = (final or converted)["kv_cache_bytes_per_token"]
-    return plots.Point(run["name"], cached, *increases)
-
-
-def _publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place."""
+def _publish(path: Path, text: str) -> None:
+    """Put a text beside `path`, then in its place."""
     partial = path.with_name(f".{path.name}.partial")
-    write(partial)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def _write_text(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")

@@ -1,17 +1,22 @@
-"""Read what a run left behind: evaluations, records and the training log."""
+"""Read what a run left behind: evaluations, records, the training log, times."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.reader import RECORD, read_json
+from uptrain.checkpoint.files import CONFIG, RECORD, read_json
+from uptrain.checkpoint.reader import open_checkpoint
+from uptrain.conversion.plan import inspect
 from uptrain.errors import UptrainError
 from uptrain.evaluation.quality import EVALUATION
+from uptrain.evaluation.serving import describe_serving
 from uptrain.training.log import read_log
 
 TRAINING_LOG = "train.jsonl"
+RUN = "report/run.json"
+"""The command line of a run, and what its stages took."""
 
-_STAGES = {"original": "original", "converted": "converted", "final": "uptrained"}
+STAGES = {"original": "original", "converted": "converted", "final": "uptrained"}
 _MEASURED_ON = ("tokens", "data", "sequence_length")
 _SETTINGS = (
     "teacher", "distillation_weight", "optimizer", "learning_rate", "schedule", "trainable",
@@ -28,7 +33,9 @@ def read_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
     Returns:
         For each run its `name` (each another), `evaluations` by stage (original, converted,
-        uptrained, evaluated), `conversion`, `training` and `versions`; None for what is not there.
+        uptrained, evaluated), `conversion`, `layers`, `training`, `serving` (as `describe_serving`
+        gives it for the number of KV heads that it has), `command`, `stages` and `versions`; None or
+        empty for what is not there.
 
     Raises:
         UptrainError: If a folder holds no result, or a result is malformed.
@@ -43,7 +50,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         found = "is a file" if folder.exists() else "does not exist"
         raise UptrainError(f"{folder}: {found}; expected the output folder of a run")
     evaluations: dict[str, Any] = {}
-    files = {stage: folder / "report" / f"{name}.json" for name, stage in _STAGES.items()}
+    files = {stage: folder / "report" / f"{name}.json" for name, stage in STAGES.items()}
     for stage, path in (files | {"evaluated": folder / EVALUATION}).items():
         if (evaluation := _read_evaluation(path)) is not None:
             evaluations[stage] = evaluation
@@ -67,12 +74,16 @@ def _read_run(folder: Path) -> dict[str, Any]:
             f"{TRAINING_LOG}, as `uptrain run`, `evaluate --output` and `finetune` leave them"
         )
     _add_increases(evaluations)
+    kept = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     return {
         "name": folder.resolve().name,
         "evaluations": evaluations,
         "conversion": conversion,
         "layers": layers,
         "training": training,
+        "serving": _read_serving(folder),
+        "command": kept.get("command"),
+        "stages": kept.get("stages", {}),
         "versions": next((r["versions"] for r in records if "versions" in r), None),
     }
 
@@ -85,6 +96,22 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
         if not isinstance(evaluation.get(key), int | float):
             raise UptrainError(f"{path}: has no {key}; expected what `uptrain evaluate` writes")
     return evaluation
+
+
+def _read_serving(folder: Path) -> dict[str, Any] | None:
+    """Ask of the checkpoint that came out how it can be served."""
+    for path in (folder / "final", folder / "converted", folder):
+        if not (path / CONFIG).is_file():
+            continue
+        try:
+            checkpoint = open_checkpoint(path)
+            found = describe_serving(inspect(checkpoint), checkpoint)
+        except UptrainError:  # what was trained cannot be converted: there is nothing to say
+            return None
+        heads = found["num_key_value_heads"]
+        own = next(each for each in found.pop("targets") if each["num_key_value_heads"] == heads)
+        return {**found, "model": path.name, **own}
+    return None
 
 
 def _of_reference(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +144,16 @@ def _is_uptrained(record: Mapping[str, Any]) -> bool:
 
 
 def _pick_conversion(record: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("model_type", "num_attention_heads", "num_key_value_heads", "method", "grouping")
-    picked = {key: record[key] for key in (*keys, "seed", "calibration") if key in record}
+    keys = (
+        "model_type",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "method",
+        "grouping",
+        "seed",
+    )
+    more = ("calibration", "rewrite", "architecture", "encoder")
+    picked = {key: record[key] for key in (*keys, *more) if key in record}
     source = record.get("source")
     return {"source": source.get("name") if isinstance(source, dict) else source, **picked}
 
