@@ -1,17 +1,23 @@
-"""Training speed and memory against a plain loop, in one run.
+r"""Training speed and memory against a plain loop, in one run.
 
     python benchmarks/train_speed.py [--vocabulary 32000] [--steps 12] [--only plain-ce ours-ce …]
+    python benchmarks/train_speed.py --only ours-ce ours-kl --devices 2
+    python benchmarks/train_speed.py --shape 7b --only ours-kl --set optimizer=adamw8bit \
+        gradient_checkpointing=true
 
 Makes a random Llama of 1.12B parameters (22 layers, 2048 wide, 32 query and 8 KV heads, MLP 5632) and a
 teacher of the same shape with 32 KV heads, and trains for a few steps of 8 x 2048 tokens. The plain loop
 is what one would write with transformers: `torch.compile`, bf16 autocast over float32 weights, fused
 AdamW, clipped gradients, the teacher's logits whole; ours is uptrain's own step. Both hold float32
 weights and moments and checkpoint no activations. Each variant has a process of its own; speed is the
-median over the steps behind the first four. Needs a GPU; `--tiny` shows that it runs.
+median over the steps behind the first four. Several devices get as many tokens each. The shape of
+Llama 2 7B gets one sequence of 4,096 tokens a step. Needs a GPU; `--shape tiny` shows that it runs.
 """
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,10 +25,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -39,36 +46,76 @@ from uptrain.training.step import train_step
 
 VARIANTS = ["plain-ce", "ours-ce", "plain-kl", "ours-kl"]
 WARM_UP_STEPS = 4
-FULL = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-}
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 64,
-}
-BATCH = 8
+OUTPUT = "output"
 
 
-def make_inputs(folder: Path, shape: dict[str, int], vocabulary: int, tokens: int) -> None:
+class Shape(NamedTuple):
+    """Of a model, and what it trains on."""
+
+    config: dict[str, int]
+    query_per_kv_head: int
+    batch: int
+    """Sequences a step on each device."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.config["max_position_embeddings"]
+
+
+SHAPES = {
+    "1b": Shape(
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+        },
+        query_per_kv_head=4,
+        batch=8,
+    ),
+    "7b": Shape(
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 4096,
+        },
+        query_per_kv_head=4,
+        batch=1,
+    ),
+    "tiny": Shape(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 64,
+        },
+        query_per_kv_head=4,
+        batch=8,
+    ),
+}
+
+
+def make_models(folder: Path, shape: Shape, vocabulary: int) -> None:
     words = {f"w{i}": i for i in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    heads = shape["num_attention_heads"]
-    for name, kv_heads in (("student", heads // 4), ("teacher", heads)):
-        config = LlamaConfig(**shape, vocab_size=vocabulary, num_key_value_heads=kv_heads)
+    heads = shape.config["num_attention_heads"]
+    for name, kv_heads in (("student", heads // shape.query_per_kv_head), ("teacher", heads)):
+        config = LlamaConfig(**shape.config, vocab_size=vocabulary, num_key_value_heads=kv_heads)
         torch.manual_seed(0)
         with torch.device(device):
             model = LlamaForCausalLM(config).bfloat16()
         model.save_pretrained(folder / name)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / name)
+
+
+def make_text(folder: Path, vocabulary: int, tokens: int) -> None:
     drawn = np.random.default_rng(0).integers(0, vocabulary, tokens + 1)
     (folder / "text.txt").write_text(" ".join(f"w{i}" for i in drawn))
 
@@ -93,7 +140,7 @@ def measure(step: Callable[[int], None], steps: int, tokens: int) -> dict[str, f
     }
 
 
-def plain(folder: Path, length: int, steps: int, with_teacher: bool) -> dict[str, float]:
+def plain(folder: Path, shape: Shape, steps: int, with_teacher: bool) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load(name: str, dtype: torch.dtype) -> Any:
@@ -111,7 +158,9 @@ def plain(folder: Path, length: int, steps: int, with_teacher: bool) -> dict[str
     generator = torch.Generator().manual_seed(0)
 
     def step(index: int) -> None:
-        batch = torch.randint(0, vocabulary, (BATCH, length + 1), generator=generator).to(device)
+        batch = torch.randint(
+            0, vocabulary, (shape.batch, shape.length + 1), generator=generator
+        ).to(device)
         inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         with torch.autocast(device.type, torch.bfloat16):
             logits = model(input_ids=inputs, use_cache=False).logits.float().flatten(0, 1)
@@ -131,40 +180,40 @@ def plain(folder: Path, length: int, steps: int, with_teacher: bool) -> dict[str
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return measure(step, steps, BATCH * length)
+    return measure(step, steps, shape.batch * shape.length)
 
 
 def ours(
-    folder: Path, length: int, steps: int, with_teacher: bool, micro_tokens: int | None
+    folder: Path, shape: Shape, steps: int, with_teacher: bool, changes: list[str]
 ) -> dict[str, float]:
+    tokens = shape.batch * shape.length * int(os.environ.get("WORLD_SIZE", 1))
     train = {
         "steps": steps,
-        "batch_tokens": BATCH * length,
-        "micro_batch_tokens": micro_tokens,
-        "sequence_length": length,
+        "batch_tokens": tokens,
+        "sequence_length": shape.length,
         "learning_rate": 1e-5,
         "compile": True,
         "teacher": str(folder / "teacher") if with_teacher else None,
+        **{key: yaml.safe_load(value) for key, value in (each.split("=") for each in changes)},
     }
-    with tempfile.TemporaryDirectory() as output:
-        recipe = Recipe.model_validate(
-            {
-                "source": str(folder / "student"),
-                "data": {"train": [str(folder / "text.txt")]},
-                "train": train,
-                "output": output,
-            }
-        )
-        run = prepare(recipe, make_accelerator(recipe), resume=False)
-        optimizer = make_optimizer(run.objective.model, recipe.train)
-        run.objective.train()
-        device = run.accelerator.device
-        with read_ahead(run.batches, range(steps), run.micro_sequences, device=device) as batches:
+    recipe = Recipe.model_validate(
+        {
+            "source": str(folder / "student"),
+            "data": {"train": [str(folder / "text.txt")]},
+            "train": train,
+            "output": str(folder / OUTPUT),
+        }
+    )
+    run = prepare(recipe, make_accelerator(recipe), resume=False)
+    optimizer = make_optimizer(run.objective.model, recipe.train)
+    run.objective.train()
+    device = run.accelerator.device
+    with read_ahead(run.batches, range(steps), run.micro_sequences, device=device) as batches:
 
-            def step(index: int) -> None:
-                train_step(run, optimizer, index, next(batches), 1e-5, lambda: False)
+        def step(index: int) -> None:
+            train_step(run, optimizer, index, next(batches), 1e-5, lambda: False)
 
-            return measure(step, steps, BATCH * length)
+        return measure(step, steps, tokens)
 
 
 def main() -> None:
@@ -172,29 +221,36 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--micro-batch-tokens", type=int)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--devices", type=int, default=1, help="GPUs, for ours")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="train.KEY, ours")
+    parser.add_argument("--inputs", type=Path, help="Models are made once and kept here.")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shape = TINY if options.tiny else FULL
-    length = shape["max_position_embeddings"]
+    shape = SHAPES[options.shape]
     if options.folder is not None:  # one variant, in a process of its own
         (variant,) = options.only
         kind, objective = variant.split("-")
-        arguments = (options.folder, length, options.steps, objective == "kl")
+        arguments = (options.folder, shape, options.steps, objective == "kl")
         torch.set_float32_matmul_precision("high")
-        found = (
-            plain(*arguments) if kind == "plain" else ours(*arguments, options.micro_batch_tokens)
-        )
-        print(json.dumps(found))
+        found = plain(*arguments) if kind == "plain" else ours(*arguments, options.set)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        tokens = BATCH * length * options.steps
-        make_inputs(Path(temporary), shape, options.vocabulary, tokens)
+        inputs = options.inputs or Path(temporary)
+        tokens = shape.batch * shape.length * options.steps * options.devices
+        if not (inputs / "teacher").exists():
+            make_models(inputs, shape, options.vocabulary)
+        make_text(inputs, options.vocabulary, tokens)
         results: dict[str, dict[str, float]] = {}
         for variant in options.only:
-            command = [sys.executable, __file__, *sys.argv[1:], "--folder", temporary]
+            devices = options.devices if variant.startswith("ours") else 1
+            launch = [] if devices == 1 else ["-m", "torch.distributed.run", "--standalone"]
+            launch += [] if devices == 1 else [f"--nproc_per_node={devices}"]
+            command = [sys.executable, *launch, __file__, *sys.argv[1:], "--folder", str(inputs)]
             command += ["--only", variant]
+            shutil.rmtree(inputs / OUTPUT, ignore_errors=True)
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results[variant] = json.loads(result.stdout.splitlines()[-1])
             row = results[variant]

@@ -7,8 +7,8 @@ import torch
 from tiny import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from uptrain.loading import decoder_layers
 from uptrain.training.flops import Work
-from uptrain.training.head import decoder_layers
 from uptrain.training.trainable import attention_names, set_trained
 
 TOKENS, LAYERS = 32, 3

@@ -6,7 +6,8 @@ from tiny import VOCAB, tiny_config, tiny_model
 from torch import nn
 
 from uptrain.errors import UnsupportedFamilyError
-from uptrain.training.head import SplitModel, decoder_layers, find_split
+from uptrain.loading import decoder_layers
+from uptrain.training.head import SplitModel, find_split
 
 # A bias, a scale, a soft cap, a tie; a trunk behind another module; a projection before the head.
 FAMILIES = [

@@ -152,6 +152,6 @@ def test_the_logits_are_never_whole():
 
 def test_chunks_are_even():
     device = torch.device("cuda")
-    assert even_chunk(8192, 32000, device) == 2048
+    assert even_chunk(16384, 32000, device) == 4096
     assert even_chunk(100, 32000, device) == 100
     assert even_chunk(7, 2**40, device) == 1

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from uptrain.families import registry
-from uptrain.training.head import decoder_layers
+from uptrain.loading import decoder_layers
 from uptrain.training.trainable import attention_blocks
 
 

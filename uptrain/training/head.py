@@ -100,12 +100,6 @@ def find_split(model: Any) -> Split:
     )
 
 
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """Give the layers of a model, as its class names them: the units of compilation and sharding."""
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
 def _head_names(model: Any, split: Split, hidden: Tensor) -> tuple[str, ...]:
     named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
     trained = [p.requires_grad for _, p in named]

@@ -12,7 +12,7 @@ Head = Callable[[Tensor], Tensor]
 """From hidden states [1, n, hidden_size] to logits [1, n, vocabulary]."""
 
 # Logits of one trip through the head. More are not faster, and only cost memory.
-_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 # Logits that are in float32 at once: on a CPU they should stay in its cache. A fused kernel holds none.
 _SLICE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from uptrain.checkpoint.reader import CONFIG, read_config, resolve_source
+from uptrain.checkpoint.config import read_config
+from uptrain.checkpoint.files import CONFIG
+from uptrain.checkpoint.reader import resolve_source
 from uptrain.errors import HeadCountError, TrainingError
 from uptrain.families import meta, registry
 from uptrain.families.head_tensors import can_have_heads, possible_head_counts
-from uptrain.loading import context_length
+from uptrain.loading import context_length, decoder_layers
 from uptrain.training.flops import Work, matrices_of
-from uptrain.training.head import decoder_layers
 from uptrain.training.loss import even_chunk
 from uptrain.training.optimizer import layer_matrices
 from uptrain.training.recipe import Recipe, load_recipe

@@ -9,9 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from uptrain.checkpoint.reader import Checkpoint
 from uptrain.errors import DataError, TrainingError
-from uptrain.loading import load_model
+from uptrain.loading import decoder_layers, load_model
 from uptrain.training import processes
-from uptrain.training.head import Split, SplitModel, decoder_layers, find_split
+from uptrain.training.head import Split, SplitModel, find_split
 from uptrain.training.objective import Objective
 from uptrain.training.options import TrainOptions
 from uptrain.training.packing import check_packing
