@@ -238,16 +238,8 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
 SCALING = (ROOT / "docs" / "scaling.md").read_text("utf-8")
 BLOCKS = [
     block.replace("\\\n", " ").partition("\n")
-    for block in re.findall(r"```\n(uptrain inspect docs/.*?)\n```", SCALING, re.DOTALL)
+    for block in re.findall(r"```console\n\$ (uptrain inspect docs/.*?)\n```", SCALING, re.DOTALL)
 ]
-
-
-def test_the_page_on_scaling_shows_what_its_commands_print(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    printed = [(command, output.strip()) for command, _, output in BLOCKS if output]
-    assert len(printed) == 3
-    for command, output in printed:
-        assert invoke(*command.split()[2:]).stdout.strip() == output
 
 
 def test_the_routes_to_one_gpu_are_what_their_commands_print(monkeypatch):
