@@ -34,7 +34,11 @@ class Point(NamedTuple):
     number: int
     """Which one of these, from 1: threads may swap places, but not the operations on one file."""
     nbytes: int = 0
-    """What is written."""
+    """What is written; a time in it may have more digits in another run."""
+
+    def is_at(self, other: "Point") -> bool:
+        """Whether it is the same operation of another run."""
+        return self[:3] == other[:3]
 
 
 class Write(NamedTuple):
@@ -146,16 +150,18 @@ def points_of(folder: Path, run: Callable[[], object]) -> list[Point]:
     return found
 
 
-def raise_at(chosen: Point, kind: str, lasting: bool = False) -> Before:
-    """Let a point fail as a full or broken disk does, half done; and all behind it, if it lasts."""
+def raise_at(chosen: Point, kind: str, broken: threading.Event, lasting: bool = False) -> Before:
+    """Let a point fail as a full or broken disk does, half done; and all behind it, if it lasts.
+
+    Whether it was reached is said by `broken`.
+    """
     number = getattr(errno, kind)
-    broken = threading.Event()
 
     def before(point: Point, write: Write) -> None:
-        if point == chosen:
+        if point.is_at(chosen):
             write.half()
             broken.set()
-        if point == chosen or (lasting and broken.is_set()):
+        if point.is_at(chosen) or (lasting and broken.is_set()):
             raise _error(number, point)
 
     return before
@@ -165,7 +171,7 @@ def kill_at(chosen: Point) -> Before:
     """Let the process be killed at a point, half done."""
 
     def before(point: Point, write: Write) -> None:
-        if point == chosen:
+        if point.is_at(chosen):
             write.half()
             os.kill(os.getpid(), signal.SIGKILL)
 

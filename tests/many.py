@@ -46,10 +46,10 @@ class Started:
             self._answers.append(receive)
             self.processes.append(process)
 
-    def results(self) -> list[Any]:
+    def results(self, patience_seconds: float = _PATIENCE_SECONDS) -> list[Any]:
         """Wait for what they return; an error of one is raised here."""
         try:
-            outcomes = [_receive(each) for each in self._answers]
+            outcomes = [_receive(each, patience_seconds) for each in self._answers]
             for process in self.processes:
                 process.join(_PARTING_SECONDS)
         finally:
@@ -65,14 +65,19 @@ class Started:
         self._folder.cleanup()
 
 
-def in_processes(count: int, act: Callable[..., Any], *arguments: Any) -> list[Any]:
+def in_processes(
+    count: int,
+    act: Callable[..., Any],
+    *arguments: Any,
+    patience_seconds: float = _PATIENCE_SECONDS,
+) -> list[Any]:
     """Give what a function of a test module returns in each of several processes."""
-    return Started(count, act, *arguments).results()
+    return Started(count, act, *arguments).results(patience_seconds)
 
 
-def _receive(pipe: Any) -> tuple[bool, Any]:
+def _receive(pipe: Any, patience_seconds: float) -> tuple[bool, Any]:
     try:
-        return pipe.recv() if pipe.poll(_PATIENCE_SECONDS) else (False, "does not answer")
+        return pipe.recv() if pipe.poll(patience_seconds) else (False, "does not answer")
     except EOFError:
         return False, "ended without an answer"
 

@@ -10,22 +10,26 @@ PACKAGE = Path(__file__).parent.parent / "uptrain"
 # In the order of README's tree. `cli`, `__init__` and `__main__` of the package stand apart.
 ORDER = [
     "errors", "progress",
-    "checkpoint.reader", "checkpoint.card", "checkpoint.staging", "checkpoint.writer",
+    "checkpoint.files", "checkpoint.tensors", "checkpoint.config", "checkpoint.reader",
+    "checkpoint.card", "checkpoint.staging", "checkpoint.writer",
     "families.schema", "families.rules", "families.carried.modeling_gqa", "families.carried",
     "families.layouts", "families.registry", "families.meta",
     "families.head_tensors", "families.runtimes",
     "families.rewrites.recipe", "families.rewrites.gpt_neox", "families.rewrites.gptj",
     "families.rewrites.gpt_bigcode", "families.rewrites.falcon", "families.rewrites.carried",
+    "families.rewrites.stated", "families.rewrites.baichuan", "families.rewrites.chatglm",
+    "families.rewrites.internlm", "families.rewrites.qwen",
     "families.rewrites",
     "loading", "data.source", "data.files", "data.tables", "data", "data.encoding",
     "data.tokenise", "data.shards", "training.order", "training.packing", "training.batches",
-    "conversion.tokenizer_files", "conversion.rewritten",
+    "conversion.remote_tokenizers", "conversion.tokenizer_files", "conversion.rewritten",
     "conversion.plan", "conversion.pooling", "conversion.options", "conversion.finished",
     "conversion.grouping", "conversion.rotary", "conversion.energy", "conversion.align",
-    "conversion.factorize", "conversion.attention", "conversion.freedom", "conversion.merge",
-    "conversion.sample", "conversion.stream", "conversion.refit", "conversion.fit",
-    "conversion.residual", "conversion.repair", "conversion.moments",
-    "conversion.calibrate", "conversion.convert", "conversion.verify",
+    "conversion.factorize", "conversion.attention", "conversion.stacks", "conversion.freedom",
+    "conversion.merge", "conversion.sample", "conversion.speech", "conversion.weights",
+    "conversion.arguments", "conversion.stream", "conversion.refit", "conversion.fit",
+    "conversion.partway", "conversion.residual", "conversion.repair", "conversion.moments",
+    "conversion.encoder", "conversion.walk", "conversion.calibrate", "conversion.convert", "conversion.verify",
     "evaluation.blocks", "evaluation.scoring", "evaluation.bootstrap", "evaluation.tally",
     "evaluation.copying", "evaluation.continuations", "evaluation.tasks", "evaluation.bandwidth",
     "evaluation.full_batch", "evaluation.decode", "evaluation.quality", "evaluation.serving",
@@ -36,7 +40,8 @@ ORDER = [
     "training.optimizer", "training.flops", "training.memory", "training.shard", "training.models",
     "training.saved", "training.parts", "training.export", "training.state", "training.setup", "training.step",
     "training.loop",
-    "report.runs", "report.plots", "report.text", "report",
+    "report.runs", "report.text", "report.canvas", "report.recovery", "report.plots",
+    "report.evaluated", "report.sections", "report.making", "report.summary", "report.page", "report",
     "run",
 ]  # fmt: skip
 
@@ -44,7 +49,6 @@ ABOUT_300 = 330
 # Longer ones, each with its reason.
 LONG = {
     "cli": "the options and the printed rows of nine commands, no logic",
-    "checkpoint.reader": "every refusal of a hostile folder in one place",
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny_run import make_recipe, make_source
 
+from uptrain.errors import CheckpointError
 from uptrain.evaluation import bandwidth, decode
 from uptrain.run import run
 from uptrain.training.recipe import Recipe
@@ -34,8 +35,27 @@ def test_decoding_is_measured_once_and_all_else_of_both(recipe: Recipe) -> None:
     kept = Path(recipe.output) / "report" / "final.json"
     assert json.loads(kept.read_text())["decode"] == found["final"]["decode"]
     before = kept.stat().st_mtime_ns
+    taken = kept.with_name("run.json").read_bytes()
     assert run(recipe)["evaluations"]["final"]["decode"] == found["final"]["decode"]
     assert kept.stat().st_mtime_ns == before
+    stages, again = (
+        json.loads(each)["stages"] for each in (taken, kept.with_name("run.json").read_bytes())
+    )
+    assert list(stages) == ["convert", "uptrain", "evaluate converted", "evaluate uptrained"]
+    assert all(each["seconds"] > 0 and each["peak_bytes"] > 2**20 for each in stages.values())
+    # What was not done again took no time.
+    assert [again[name]["seconds"] for name in stages] == [
+        each["seconds"] for each in stages.values()
+    ]
     other = recipe.evaluate.model_copy(update={"decode_batches": [1]})
     again = run(recipe.model_copy(update={"evaluate": other}))["evaluations"]
     assert [row["batch"] for row in again["final"]["decode"]] == [1, 1]
+
+
+def test_a_report_folder_that_cannot_be_made(recipe: Recipe) -> None:
+    Path(recipe.output).mkdir()
+    folder = Path(recipe.output) / "report"
+    folder.write_text("a file")
+    with pytest.raises(CheckpointError) as error:
+        run(recipe)
+    assert str(error.value) == f"{folder}: cannot be created (File exists); choose another output"

@@ -18,11 +18,23 @@ from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.errors import CheckpointError, TrainingError
 from uptrain.training import state as states
 from uptrain.training.optimizer import JointOptimizer
-from uptrain.training.saved import SavedState, clean_states, find_states, source_digest
+from uptrain.training.saved import (
+    SavedState,
+    clean_states,
+    find_states,
+    remove_state,
+    source_digest,
+)
 from uptrain.training.state import StateWriter, load_state
 
 PART = "part-00000/model.safetensors"
-RUN = {"train.learning_rate": 0.1, "train.betas": [0.9, 0.95], "data.train": "a" * 64}
+RUN = {
+    "train.learning_rate": 0.1,
+    "train.betas": [0.9, 0.95],
+    "data.train": "a" * 64,
+    "teacher": {"name": "master", "sha256": "b"},
+    "uptrain version": "1",
+}
 
 
 MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -224,6 +236,17 @@ def test_the_same_state_makes_the_same_files(tmp_path):
     assert one == two
 
 
+def test_a_run_that_went_on_writes_the_same_files(tmp_path):
+    """Whatever was saved before the optimizer remembered anything."""
+    model, optimizer = make(0)
+    with StateWriter(tmp_path / "one", model, optimizer, RUN) as writer:
+        writer.save(0)
+        train(model, optimizer, 1)
+        writer.save(1)
+    save(tmp_path / "two", 1, model, optimizer)
+    assert latest(tmp_path / "one").manifest == latest(tmp_path / "two").manifest
+
+
 def test_the_latest_two_and_the_kept_are_kept_and_found_by_their_manifests(tmp_path):
     model, optimizer = trained(0, 1)
     for step in (5, 10, 15, 20):
@@ -250,9 +273,15 @@ def test_what_is_not_whole_is_not_found_and_removed_by_the_next_run(tmp_path):
     assert [state.step for state in find_states(tmp_path)] == [1, 2]
 
 
+def test_what_is_still_staged_is_no_checkpoint(tmp_path):
+    folder = save(tmp_path, 1, *trained(0, 1))
+    folder.rename(f"{folder}.uptrain-staging")
+    assert find_states(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "manifest",
-    ["", "[]", "{}", '{"format": 9}', '{"format": 2, "step": "x"}', '{"format": 2, "step": 1}'],
+    ["", "[]", "{}", '{"format": "x"}', '{"format": 2, "step": "x"}', '{"format": 2, "step": 1}'],
 )
 def test_a_malformed_manifest_is_no_checkpoint(tmp_path, manifest):
     model, optimizer = trained(0, 1)
@@ -270,7 +299,17 @@ def test_a_malformed_manifest_is_no_checkpoint(tmp_path, manifest):
         ),
         ({"train.betas": (0.9, 0.99)}, r"with train.betas=\[0.9, 0.95\], now \[0.9, 0.99\]"),
         ({"data.train": "b" * 64}, "was made with another data.train; go on with what it was made"),
-        ({"train.dropout": 0.1}, "was made with train.dropout=None, now 0.1"),
+        ({"train.dropout": 0.1}, "was made with train.dropout=none, now 0.1"),
+        (
+            {"teacher": {"name": "tutor", "sha256": "c"}},
+            "was made with teacher=master, now tutor; go on with",
+        ),
+        (
+            {"teacher": {"name": "master", "sha256": "c"}},
+            "was made with teacher=master of other content; go on with",
+        ),
+        ({"teacher": None}, "was made with teacher=master, now none; go on with"),
+        ({"uptrain version": "2"}, "was made with uptrain version=1, now 2; go on with"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
@@ -280,6 +319,22 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     with pytest.raises(TrainingError, match=message) as caught:
         load_state(found, model, optimizer, RUN | change)
     assert str(caught.value).endswith("or choose another output")
+
+
+def test_a_file_may_have_another_name(tmp_path):
+    model, optimizer = trained(0, 1)
+    save(tmp_path, 1, model, optimizer, RUN)
+    moved = RUN | {"teacher": {"name": "moved", "sha256": "b"}}
+    load_state(find_states(tmp_path)[0], model, optimizer, moved)
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_never_removed(tmp_path):
+    manifest = save(tmp_path, 1, *trained(0, 1)) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 3'))
+    for act in (find_states, clean_states):
+        with pytest.raises(TrainingError, match="step-00000001: has format 3, this version of upt"):
+            act(tmp_path)
+    assert manifest.exists()
 
 
 def test_a_tuple_is_the_list_that_it_is_saved_as(tmp_path):
@@ -384,3 +439,16 @@ def test_the_source_digest_follows_its_bytes(tmp_path):
     (folder / "uptrain.json").write_text(json.dumps({"files": {}}))
     third = source_digest(open_checkpoint(folder))
     assert len({first, second, third}) == 3
+
+
+def test_a_removal_begins_with_the_manifest(tmp_path, monkeypatch):
+    folder = save(tmp_path, 1, *trained(0, 1))
+    with monkeypatch.context() as patch:
+
+        def fail(*_: Any) -> None:
+            raise OSError(5, "Input/output error")
+
+        patch.setattr("shutil.rmtree", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            remove_state(folder)
+    assert find_states(tmp_path) == []

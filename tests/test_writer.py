@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 
 from uptrain.checkpoint import writer
-from uptrain.checkpoint.reader import DTYPES, tensor_chunks
 from uptrain.checkpoint.staging import check_target, staged_folder
+from uptrain.checkpoint.tensors import DTYPES, tensor_chunks
 from uptrain.checkpoint.writer import TensorSpec, write_tensors
 from uptrain.errors import CheckpointError
 

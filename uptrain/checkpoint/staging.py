@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.reader import CONFIG, read_json
+from uptrain.checkpoint.files import CONFIG, read_json
 from uptrain.errors import CheckpointError, one_line
 
 STAGING = ".uptrain-staging"
@@ -20,9 +20,9 @@ STAGING = ".uptrain-staging"
 def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to write to, and publish it as `target` when the block ends without error.
 
-    The staging folder lies beside the target, so that the final rename is atomic. It is locked while
-    in use; what a killed run left behind is removed. On an error nothing of it stays, and a target
-    that was to be replaced is what it was.
+    The staging folder lies beside the target, so that the final rename is atomic. Whoever touches
+    one of the `side_folders` has locked it; what a killed run left in it is removed. On an error
+    nothing of it stays, and a target that was to be replaced is what it was.
 
     Raises:
         CheckpointError: If `target` exists and `overwrite` is false, another process is writing it, or
@@ -31,10 +31,13 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     check_target(target, overwrite)
     staging, replaced, _ = side_folders(target)
-    made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        lock = _lock(staging)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"{target}: another process is writing it right now; wait for it or choose another target"
+        ) from error
     except OSError as error:
         _remove_empty(made)
         raise CheckpointError(
@@ -42,14 +45,7 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_ino != staging.stat().st_ino:
-                raise BlockingIOError  # the folder we opened was published in the meantime
-        except OSError as error:
-            raise CheckpointError(
-                f"{target}: another process is writing it right now; wait for it or choose another target"
-            ) from error
-        try:
+            check_target(target, overwrite)  # again: another process may just have made it
             for leftover in staging.iterdir():
                 _remove(leftover)
             yield staging
@@ -66,15 +62,63 @@ def staged_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             if isinstance(error, OSError):
                 raise _unwritable(target, error) from error
             raise
-        try:
-            _remove(replaced)
-        except OSError as error:
-            raise CheckpointError(
-                f"{replaced}: cannot be removed ({error.strerror}); {target} is whole, remove what "
-                "is left of the checkpoint that it replaces"
-            ) from error
     finally:
         os.close(lock)
+    _remove_sides(target)
+
+
+def _lock(folder: Path) -> int:
+    """Make a folder if need be, and lock it; returns its descriptor.
+
+    Raises:
+        BlockingIOError: If another process has locked it, or just published or removed it.
+        OSError: If it cannot be made.
+    """
+    is_made, lock = False, -1
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            is_made = True
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino != folder.stat().st_ino:
+            raise BlockingIOError
+    except OSError as error:
+        if lock != -1:
+            os.close(lock)
+        if isinstance(error, FileNotFoundError) and folder.parent.is_dir():
+            raise BlockingIOError from error
+        if is_made and not isinstance(error, BlockingIOError):
+            _remove_empty([folder])
+        raise
+    return lock
+
+
+def _remove_sides(target: Path) -> None:
+    """Remove what a published target leaves beside it, unless another run is at work: it then will."""
+    staging, *sides = side_folders(target)
+    try:
+        if not any(side.exists() for side in sides):
+            return
+        lock = _lock(staging)
+    except BlockingIOError:
+        return
+    except OSError as error:
+        raise _unremoved(sides[0], target, error) from error
+    try:
+        for side in sides:
+            _remove(side)
+    except OSError as error:
+        raise _unremoved(side, target, error) from error
+    finally:
+        _remove_empty([staging])
+        os.close(lock)
+
+
+def _unremoved(path: Path, target: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be removed ({error.strerror}); {target} is whole, remove what is left there"
+    )
 
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:
@@ -94,7 +138,8 @@ def _withdraw(target: Path, staged_inode: int) -> None:
         if _is_replaceable(replaced) and not target.exists():
             replaced.rename(target)
     with suppress(OSError):
-        _remove(staging)
+        if staging.stat().st_ino == staged_inode:  # else another run's
+            _remove(staging)
 
 
 def side_folders(target: Path) -> tuple[Path, Path, Path]:

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.reader import (
-    DTYPES,
-    SAFETENSORS,
-    SAFETENSORS_INDEX,
-    Checkpoint,
-)
+from uptrain.checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX
+from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.staging import write_all, write_chunks, write_json
+from uptrain.checkpoint.tensors import DTYPES
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _OPEN_FILES = 32  # shards that may wait to be synced, each with an open file

@@ -11,16 +11,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import uptrain
 from uptrain.checkpoint.card import inherited_metadata, model_card
-from uptrain.checkpoint.reader import (
-    CONFIG,
-    DTYPES,
-    MODEL_CARD,
-    RECORD,
-    Checkpoint,
-    file_chunks,
-    read_json,
-    tensor_chunks,
-)
+from uptrain.checkpoint.files import CONFIG, MODEL_CARD, RECORD, file_chunks, read_json
+from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.staging import (
     check_room,
     staged_folder,
@@ -28,6 +20,7 @@ from uptrain.checkpoint.staging import (
     write_chunks,
     write_json,
 )
+from uptrain.checkpoint.tensors import DTYPES, tensor_chunks
 from uptrain.checkpoint.writer import TensorSpec, copy_companions, write_tensors
 from uptrain.errors import TrainingError, UnsupportedFamilyError
 from uptrain.families.registry import read_heads
@@ -72,7 +65,8 @@ def _write(
 ) -> dict[str, Any]:
     trained = _source_tensors(model, whole, source)
     specs = [TensorSpec(e.name, e.dtype, e.shape) for e in source.tensors.values()]
-    check_room(target, source.nbytes)
+    companions = sum(path.stat().st_size for path in source.companions)
+    check_room(target, source.nbytes + companions)
 
     def data(spec: TensorSpec) -> Iterable[memoryview]:
         if spec.name not in trained:

@@ -12,8 +12,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -25,18 +25,27 @@ class ConvertOptions(_Section):
     """How heads are merged; the flags of `uptrain convert`."""
 
     num_key_value_heads: Count
+    """KV heads of the target; 1 makes multi-query attention."""
     method: Literal["mean", "first", "random", "align", "factorize"] | None = None
+    """How the heads of a group become one; mean if not given, with a calibration factorize."""
     grouping: Literal["contiguous", "search"] | None = None
+    """Which heads become one; contiguous if not given, with a calibration search."""
     architecture: Text = "auto"
     """`auto`, `keep`, or the model type to rewrite the source into."""
     calibration: Text | None = None
-    """A text, jsonl or parquet file."""
+    """A text, jsonl or parquet file to repair every layer on."""
     calibration_tokens: Count = 262_144
+    """Tokens that are drawn from it."""
     refit: bool = True
+    """Solve output projections anew."""
     reconstruct_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps in which each layer is fitted, 0 for none; six passes over the tokens if not given."""
     activation_bytes: Count | None = None
+    """Most bytes of activations on the device; the host holds them if they are more."""
     device: Text | None = None
+    """Where to calibrate: cpu, cuda, …; a GPU if there is one."""
     seed: Seed = 0
+    """Of the draw of the text, the search and the random bases."""
 
 
 class DataOptions(_Section):
@@ -80,7 +89,9 @@ class TrainOptions(_Section):
     pretraining_tokens: Count | None = None
     """What the original model was pretrained on."""
     steps: Count | None = None
+    """How long to train, in steps."""
     tokens: Count | None = None
+    """How long to train, in tokens."""
     learning_rate: Annotated[float, Field(gt=0)]
     """The peak. It has no default: what suits a small model would wreck a large one."""
     teacher: Text | None = None
@@ -124,13 +135,17 @@ class TrainOptions(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the arithmetic; the weights are float32. `auto` is bfloat16 where the device has it."""
     gradient_checkpointing: bool = False
+    """Compute the layers' activations again instead of keeping them: less memory, more time."""
     compile: bool = False
+    """Compile the layers, and on a GPU what follows the logits."""
     save_every_steps: Count = 100
+    """How often a checkpoint is written; the latest two stay, and the best."""
     evaluate_every_steps: Count | None = None
     """How often data.validation is measured; at the start and the end if not given."""
     keep_best: bool = False
     """Export the step with the lowest loss on data.validation, not the last one."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Who is told the figures of each step besides the log; install them yourself."""
     seed: Seed = 0
     """Of dropout."""
 
@@ -177,18 +192,29 @@ class EvaluateOptions(_Section):
     """What the finished checkpoint is measured on; the flags of `uptrain evaluate`."""
 
     data: Text
+    """A text, jsonl or parquet file that no training has seen."""
     max_tokens: Count | None = None
+    """Tokens to predict; all if not given."""
     sequence_length: Count | None = None
+    """Tokens of a block; the model's context, at most 2048, if not given."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and arithmetic; `auto` is float32 on a CPU, else the checkpoint's own."""
     long_context: bool = False
+    """Also the loss by position in a whole context."""
     copying: bool = False
+    """Also the loss on a random span that comes again."""
     continuations: bool = False
+    """Also how the models go on from five prompts."""
     tasks: list[Text] = []
+    """Also these tasks of the lm-evaluation-harness, which is an extra."""
     tasks_folder: Text | None = None
+    """Where more tasks are, as YAML files."""
     decode: bool = False
     """Of the final checkpoint and the original; the converted one is as fast as the final one."""
     decode_batches: list[Count | Literal["max"]] | None = None
+    """Sequences at once, `max` for as many as fit; 1, 4, 16 on a GPU, else 1, 4."""
     decode_contexts: list[Count] | None = None
+    """Tokens of the full context; 1024, 4096 on a GPU, else 256."""
 
 
 class Recipe(_Section):
@@ -197,10 +223,15 @@ class Recipe(_Section):
     source: Text
     """A checkpoint folder or hub id; `finetune` reads it as already converted."""
     convert: ConvertOptions | None = None
+    """How to convert it; `finetune` leaves it aside."""
     data: DataOptions
+    """What to train on."""
     train: TrainOptions
+    """How to train."""
     evaluate: EvaluateOptions | None = None
+    """What to measure the result on; `finetune` leaves it aside."""
     output: Text
+    """The folder that comes to hold `converted/`, `checkpoints/`, `final/` and `report/`."""
 
 
 SECTIONS: dict[str, type[BaseModel]] = {

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from uptrain.checkpoint.reader import DTYPE_NAMES, tensor_chunks
+from uptrain.checkpoint.tensors import DTYPE_NAMES, tensor_chunks
 from uptrain.checkpoint.writer import TensorSpec, write_tensors
 from uptrain.training import processes
 from uptrain.training.optimizer import set_learning_rate

@@ -12,14 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uptrain.checkpoint.reader import (
-    CONFIG,
-    RECORD,
-    SAFETENSORS,
-    Checkpoint,
-    file_chunks,
-    read_json,
-)
+from uptrain.checkpoint.files import CONFIG, RECORD, SAFETENSORS, file_chunks, read_json
+from uptrain.checkpoint.reader import Checkpoint
 from uptrain.checkpoint.staging import STAGING
 from uptrain.errors import CheckpointError, TrainingError, one_line
 
@@ -27,7 +21,10 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 
 Fingerprint = Mapping[str, Any]
-"""What decides the result of a run, by the names that a recipe gives it."""
+"""What decides the result of a run, by the names that a recipe gives it.
+
+Files stand there by their `name` and their `sha256`, which alone decides.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,8 @@ def find_states(folder: Path) -> list[SavedState]:
     """Give the whole checkpoints in `folder`, oldest first, by what their manifests say.
 
     Raises:
-        TrainingError: If one cannot be read: an older one must not silently take its place.
+        TrainingError: If one cannot be read, or is of another format: an older one must not silently
+            take its place, nor may it be removed.
     """
     states = []
     try:
@@ -69,13 +67,18 @@ def _read_state(path: Path) -> list[SavedState]:
     """Read a checkpoint's manifest; gives nothing if the checkpoint is not whole."""
     try:
         manifest = read_json(path / MANIFEST)
+        if type(found := manifest.get("format")) is int and found != FORMAT:
+            raise TrainingError(
+                f"{path}: has format {found}, this version of uptrain reads {FORMAT}; go on with the "
+                "version that made it, or choose another output"
+            )
         step, count = manifest["step"], manifest["processes"]
         if type(step) is not int or type(count) is not int or count != len(manifest["files"]):
             return []
         state = SavedState(path, step, manifest)
         sizes = [manifest["files"][name]["bytes"] for name in state.parts]
-        found = [(path / name).stat().st_size for name in state.parts]
-        is_whole = manifest["format"] == FORMAT and bool(sizes) and found == sizes
+        stored = [(path / name).stat().st_size for name in state.parts]
+        is_whole = "format" in manifest and bool(sizes) and stored == sizes
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from error
@@ -96,17 +99,28 @@ def check_fingerprint(state: SavedState, fingerprint: Fingerprint) -> None:
     then = state.manifest.get("run")
     then = then if isinstance(then, dict) else {}
     for key in [*now, *then]:
-        if now.get(key) != then.get(key):
-            is_digest = isinstance(now.get(key), str) and len(now[key]) == 64
-            found = (
-                f"another {key}"
-                if is_digest
-                else f"{key}={one_line(then.get(key))}, now {now.get(key)}"
-            )
+        if _content(now.get(key)) != _content(then.get(key)):
             raise TrainingError(
-                f"{state.folder}: was made with {found}; go on with what it was made with, "
-                "or choose another output"
+                f"{state.folder}: was made with {_difference(key, then.get(key), now.get(key))}; "
+                "go on with what it was made with, or choose another output"
             )
+
+
+def _content(value: Any) -> Any:
+    return value.get("sha256") if isinstance(value, dict) else value
+
+
+def _difference(key: str, then: Any, now: Any) -> str:
+    """Name what differs; a digest tells a reader nothing."""
+    before, after = (
+        one_line("none" if each is None else each.get("name") if isinstance(each, dict) else each)
+        for each in (then, now)
+    )
+    if isinstance(now, dict) and before == after:
+        return f"{key}={before} of other content"
+    if isinstance(then, str) and isinstance(now, str) and len(now) == 64:
+        return f"another {one_line(key)}"
+    return f"{one_line(key)}={before}, now {after}"
 
 
 def clean_states(folder: Path) -> None:
@@ -115,6 +129,11 @@ def clean_states(folder: Path) -> None:
     for path in folder.glob("step-*"):
         if path not in whole:
             remove_state(path)
+
+
+def named_digest(checkpoint: Checkpoint) -> dict[str, str]:
+    """Give a checkpoint's `name`, and as its `sha256` what `source_digest` says."""
+    return {"name": checkpoint.name, "sha256": source_digest(checkpoint)}
 
 
 def source_digest(checkpoint: Checkpoint) -> str:

@@ -16,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 import uptrain
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
+from uptrain.checkpoint.staging import check_room
 from uptrain.data import open_source
 from uptrain.data.shards import TokenShards
 from uptrain.errors import RecipeError, TrainingError
@@ -33,7 +34,7 @@ from uptrain.training.saved import (
     check_fingerprint,
     clean_states,
     find_states,
-    source_digest,
+    named_digest,
 )
 from uptrain.training.shard import make_mesh
 from uptrain.training.trainable import Trainable
@@ -103,6 +104,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                 f"train.trackers: {tracker} is not installed; pip install it, or leave it out"
             )
     return Accelerator(
+        # Unasked, accelerate takes several processes without a GPU for as many runs.
+        cpu=not torch.accelerator.is_available(),
         # The loss is autocast here instead: accelerate would copy all logits to float32.
         mixed_precision="no",
         log_with=list(recipe.train.trackers) or None,
@@ -149,6 +152,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, resume: bool) -> Run:
         tokens = max(_VALIDATION_TOKENS, length)
         validation = read_tokens(Path(recipe.data.validation), tokenizer, length, tokens)
     folder = Path(recipe.data.tokens or output / "tokens")
+    processes.in_main(lambda: check_room(output, source.nbytes))  # for the export, at the least
     processes.in_main(
         lambda: (
             TokenShards.prepare(
@@ -303,8 +307,8 @@ def _fingerprint(
         "train.sequence_length": batches.sequence_length,
         "steps": recipe.train.total_steps,
         **batches.fingerprint(),
-        "source": source_digest(source),
-        "teacher": source_digest(teacher) if teacher else None,
+        "source": named_digest(source),
+        "teacher": named_digest(teacher) if teacher else None,
         "uptrain version": uptrain.__version__,
     }
 

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from uptrain.checkpoint.reader import DTYPES, Checkpoint
+from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.tensors import DTYPES
 from uptrain.loading import empty_model, load_model
 from uptrain.training import processes
 

@@ -130,6 +130,8 @@ class StateWriter:
             return False
         for name in missing:
             self._copies[name] = torch.empty_like(tensors[name], device="cpu")
+        # In the order in which a run that goes on from here would write them.
+        self._copies = {name: self._copies[name] for name in tensors}
         for name, tensor in tensors.items():
             self._copies[name].copy_(tensor)
         return True
