@@ -1,7 +1,7 @@
 """The GQA paper's figures 4 to 6 on a decoder: makes, uptrains and evaluates each of their points.
 
     python benchmarks/paper/measure.py SOURCE --train TEXT --validation TEXT --work DIR
-        [--results DIR] [--minutes 9.5] [--set KEY=VALUE …]
+        [--results DIR] [--minutes 9.5] [--heads N …] [--set KEY=VALUE …]
     python benchmarks/paper/draw.py
 
 Settings are those of the recipe books-14m-gqa4-paper, with what a method changes (points.py) and `--set`
@@ -127,10 +127,14 @@ def measure_speed(heads: list[int], options: argparse.Namespace) -> dict[str, An
 def list_work(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Give what is to be measured, by the names of the results."""
     source_heads = read_heads(open_checkpoint(options.source).config).num_key_value_heads
-    points = all_points(source_heads)
+    points = [
+        point
+        for point in all_points(source_heads)
+        if options.heads is None or point.num_key_value_heads in options.heads
+    ]
     work: dict[str, Callable[[], dict[str, Any]]] = {}
     for point in points:
-        if point.alpha and DECODE not in work:
+        if point.alpha and DECODE not in work and options.heads is None:
             heads = [*fewer_heads(source_heads), source_heads]
             work[DECODE] = partial(measure_speed, heads, options)
         work[point.name] = partial(measure_point, point, options)
@@ -163,6 +167,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--heads", type=int, nargs="+", help="only the points of these")
     parser.add_argument("--decode-batches", type=int, nargs="+", default=DECODE_BATCHES)
     parser.add_argument("--decode-contexts", type=int, nargs="+", help="the model's own by default")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE")
