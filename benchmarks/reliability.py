@@ -272,7 +272,7 @@ make test-slow                                 # everything
 python -m pytest -m slow tests/test_faults.py  # the sweeps
 python -m pytest -m slow tests/test_kills.py   # 200 conversions and 100 trainings killed at random
 python -m pytest -m slow tests/test_guards.py  # every guard removed once
-python -m pytest -m slow tests/test_fuzz.py -n auto  # a million inputs of each reader
+python -m pytest -m "slow or not slow" tests/test_fuzz.py -n auto  # a million inputs of each reader
 python benchmarks/reliability.py               # this page
 ```
 """,
