@@ -6,17 +6,22 @@ import hashlib
 import io
 import json
 import os
+import platform
 import signal
 import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+import transformers
+
+import uptrain
 
 KINDS = ("ENOSPC", "EIO", "EDQUOT", "SIGKILL")
 _OUTCOMES = "UPTRAIN_OUTCOMES"
@@ -229,12 +234,29 @@ def tree(folder: Path) -> dict[str, str | None]:
 
 
 def note(**outcome: Any) -> None:
-    """Leave a line for the table, if one is wanted."""
+    """Leave a line for the table, if one is wanted: which test says it, of what code, and where it ran.
+
+    Processes may share the file: a line is appended by one write.
+    """
     if where := os.environ.get(_OUTCOMES):
-        line = json.dumps(outcome) + "\n"
+        test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+        line = json.dumps({"test": test, **ran(), **outcome}) + "\n"
         descriptor = os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.write(descriptor, line.encode())
         os.close(descriptor)
+
+
+@cache
+def ran() -> dict[str, str]:
+    """Give the digest of the code, and the versions and the cores that it runs with."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(uptrain.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    versions = (
+        f"torch {torch.__version__}, transformers {transformers.__version__} "
+        f"and Python {platform.python_version()} on {os.cpu_count()} CPU cores"
+    )
+    return {"code": digest.hexdigest()[:12], "where": versions}
 
 
 def own_mounts() -> bool:

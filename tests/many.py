@@ -35,12 +35,13 @@ class Started:
         context.set_forkserver_preload(_SLOW_IMPORTS)
         self._folder = tempfile.TemporaryDirectory()
         meeting = Path(self._folder.name) / "meeting"
+        test = os.environ.get("PYTEST_CURRENT_TEST", "")
         self._answers = []
         self.processes = []
         for rank in range(count):
             receive, send = context.Pipe(duplex=False)
             told = (rank, count, meeting, send, act, arguments)
-            process = context.Process(target=_run, args=told, daemon=True)
+            process = context.Process(target=_run, args=(test, *told), daemon=True)
             process.start()
             send.close()
             self._answers.append(receive)
@@ -83,11 +84,17 @@ def _receive(pipe: Any, patience_seconds: float) -> tuple[bool, Any]:
 
 
 def _run(
-    rank: int, count: int, meeting: Path, pipe: Any, act: Callable[..., Any], arguments: Any
+    test: str,
+    rank: int,
+    count: int,
+    meeting: Path,
+    pipe: Any,
+    act: Callable[..., Any],
+    arguments: Any,
 ) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "PYTEST_CURRENT_TEST": test}
     try:
         if count > 1:
             os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}

@@ -78,7 +78,8 @@ def test_the_same_bytes_in_every_process(
     assert len(contents) == 1
     assert {name.split("/")[0] for name in tree(folder)} == {*conversions, "text.jsonl"}
     same = {"same bytes": processes}
-    note(fault="determinism", operation="processes", points=processes, outcomes=same)
+    name = f"convert, {len(conversions)} ways"
+    note(fault="hash seeds", operation=name, points=processes, outcomes=same)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)

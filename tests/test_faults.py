@@ -167,4 +167,9 @@ def test_processes_that_hash_otherwise_write_the_same_bytes(processes: int, tmp_
         printed.add(done.stdout)
     assert len(printed) == 1
     assert len(printed.pop().splitlines()) == len(names)
-    note(fault="hash seeds", operation="all", points=processes, outcomes={"same bytes": processes})
+    note(
+        fault="hash seeds",
+        operation=", ".join(names),
+        points=processes,
+        outcomes={"same bytes": processes},
+    )

@@ -1,12 +1,15 @@
 """Whatever is written into the files that are read: a typed error or a sound result, in bounds.
 
-Each example edits a sound file. `UPTRAIN_FUZZ_EXAMPLES` says how many the slow tests try.
+Each example edits a sound file. They come in batches, each of a seed of its own: the first is tried by
+the fast tests, the others by the slow ones, in any order and by any number of processes, up to
+`UPTRAIN_FUZZ_EXAMPLES` of each target in all.
 """
 
-import copy
+import gc
 import json
 import os
 import resource
+import site
 import struct
 import sys
 import time
@@ -34,8 +37,9 @@ from uptrain.families.registry import read_heads
 from uptrain.training.recipe import load_recipe
 from uptrain.training.saved import check_fingerprint, find_states
 
-FAST = 10_000
-SLOW = int(os.environ.get("UPTRAIN_FUZZ_EXAMPLES", "1_000_000"))
+BATCH = 10_000
+BATCHES = -(-int(os.environ.get("UPTRAIN_FUZZ_EXAMPLES", "1_000_000")) // BATCH)
+TOGETHER = 50  # that Hypothesis draws at once: it takes longer than most of what is tried
 MOST_SECONDS = 2.0  # of one example
 MOST_BYTES = 256 * 2**20  # that all of them take
 
@@ -47,6 +51,7 @@ VALUES: list[Any] = [
     [], [0], [[]], [-1, 1], [2**62] * 40, ["x", None], {}, {"": {}}, {"a": 1},
     {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, json.loads("[" * 200 + "]" * 200),
 ]  # fmt: skip
+JSON_VALUES = [json.dumps(value) for value in VALUES]
 SNIPPETS = [
     b"", b"\0", b"\xff", b"\xef\xbb\xbf", b"{", b"}", b"[", b"]", b",", b'"', b"\\", b"\\ud800", b"\\u0000",
     b"NaN", b"-", b"1e999", b"9" * 5000, b"0x" + b"f" * 5000, b"1" + b":1" * 5000, b"[" * 1200, b"\n", b" " * 50,
@@ -55,7 +60,8 @@ SNIPPETS = [
 ]  # fmt: skip
 
 Edit = tuple[int, int]
-EDITS = st.binary(min_size=12, max_size=12)  # drawn faster than numbers are
+EDIT_BYTES = 12
+EDITS = st.binary(min_size=EDIT_BYTES * TOGETHER, max_size=EDIT_BYTES * TOGETHER)
 
 
 def decoded(data: bytes) -> list[Edit]:
@@ -91,7 +97,7 @@ def _edit_value(content: Any, kind: int, number: int) -> Any:
                 collect(owner[key])
 
     place, what = divmod(number, len(VALUES))
-    value = copy.deepcopy(VALUES[what])
+    value = json.loads(JSON_VALUES[what])
     if isinstance(content, dict | list) and place:
         collect(content)
     if not places:
@@ -109,7 +115,8 @@ def _edit_value(content: Any, kind: int, number: int) -> Any:
 
 
 # What libraries open for themselves.
-OWN = tuple(f"{path}/" for path in (sys.prefix, sys.base_prefix, Path(__file__).parents[1]))
+PACKAGES = (sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages())
+OWN = tuple(f"{os.path.realpath(path)}/" for path in (*PACKAGES, Path(__file__).parents[1]))
 OWN += ("/proc/", "/sys/", "/dev/")
 
 
@@ -147,41 +154,48 @@ def bounded(folder: Path) -> Iterator[None]:
     assert grown < MOST_BYTES, f"{grown} bytes more"
 
 
-def fuzz(target: str, folder: Path, examples: int, attempt: Callable[[list[Edit]], object]) -> None:
-    """Try edits; only typed errors of one line may come of them, and soon."""
+def fuzz(target: str, folder: Path, batch: int, attempt: Callable[[list[Edit]], object]) -> None:
+    """Try a batch of edits; only typed errors of one line may come of them, and soon."""
     tried = refused = 0
 
     def try_edits(data: bytes) -> None:
         nonlocal tried, refused
-        tried += 1
-        begun = time.process_time()
-        try:
-            attempt(decoded(data))
-        except UptrainError as error:
-            refused += 1
-            lines = str(error).splitlines()
-            assert len(lines) == 1
-        assert time.process_time() - begun < MOST_SECONDS
+        pieces = (data[at : at + EDIT_BYTES] for at in range(0, len(data), EDIT_BYTES))
+        for piece in dict.fromkeys(pieces):  # the first of all examples is nothing but zeros
+            tried += 1
+            begun = time.process_time()
+            try:
+                attempt(decoded(piece))
+            except UptrainError as error:
+                refused += 1
+                lines = str(error).splitlines()
+                assert len(lines) == 1
+            assert time.process_time() - begun < MOST_SECONDS
 
     attempt([])  # what is sound is read, and imports what is imported late
-    # In batches: Hypothesis remembers all that it tried.
-    for batch in range(-(-examples // FAST)):
-        some = settings(
-            max_examples=min(FAST, examples - batch * FAST),
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
+    some = settings(
+        max_examples=BATCH // TOGETHER + 1,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    gc.collect()
+    gc.freeze()  # what is imported is not looked through for garbage, again and again
+    try:
         with bounded(folder):
             seed(batch)(some(given(EDITS)(try_edits)))()
-    assert tried >= examples
+    finally:
+        gc.unfreeze()
+    assert tried >= BATCH
     assert 0 < refused < tried
     outcomes = {"refused": refused, "accepted": tried - refused}
     note(fault="fuzz", operation=target, points=tried, outcomes=outcomes)
 
 
-@pytest.fixture(params=[FAST, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["fast", "slow"])
-def examples(request: Any) -> int:
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.slow if n else ()) for n in range(BATCHES)]
+)
+def batch(request: Any) -> int:
     return int(request.param)
 
 
@@ -194,7 +208,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "folder"
 
 
-def test_headers(examples: int, folder: Path) -> None:
+def test_headers(batch: int, folder: Path) -> None:
     bf16 = torch.zeros(3, dtype=torch.bfloat16)
     path = folder / "model.safetensors"
     save_file({"a": torch.zeros(2, 3), "b.0": bf16, "c": torch.tensor(1)}, path, {"format": "pt"})
@@ -214,10 +228,10 @@ def test_headers(examples: int, folder: Path) -> None:
             }
         assert shapes == {entry.name: (entry.dtype, entry.shape) for entry in entries.values()}
 
-    fuzz("header", folder, examples, attempt)
+    fuzz("header", folder, batch, attempt)
 
 
-def test_indexes(examples: int, folder: Path) -> None:
+def test_indexes(batch: int, folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     weight_map = {}
     for number, names in enumerate((["a", "b"], ["c"]), 1):
@@ -241,10 +255,10 @@ def test_indexes(examples: int, folder: Path) -> None:
         found = open_checkpoint(folder)
         assert {entry.path.parent for entry in found.tensors.values()} == {folder}
 
-    fuzz("index", folder, examples, attempt)
+    fuzz("index", folder, batch, attempt)
 
 
-def test_configs(examples: int, folder: Path) -> None:
+def test_configs(batch: int, folder: Path) -> None:
     small = {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2}
     sound = [
         LlamaConfig(**small, hidden_size=64, architectures=["LlamaForCausalLM"]).to_dict(),
@@ -260,10 +274,10 @@ def test_configs(examples: int, folder: Path) -> None:
         heads = read_heads(read_config(folder))
         assert heads.num_attention_heads % heads.num_key_value_heads == 0
 
-    fuzz("config", folder, examples, attempt)
+    fuzz("config", folder, batch, attempt)
 
 
-def test_recipes(examples: int, folder: Path) -> None:
+def test_recipes(batch: int, folder: Path) -> None:
     path = folder / "recipe.yaml"
     recipe = {
         "source": "a/b",
@@ -276,10 +290,10 @@ def test_recipes(examples: int, folder: Path) -> None:
         path.write_bytes(damaged(recipe, edits))
         assert load_recipe(path).train.total_steps > 0
 
-    fuzz("recipe", folder, examples, attempt)
+    fuzz("recipe", folder, batch, attempt)
 
 
-def test_token_shards(examples: int, folder: Path) -> None:
+def test_token_shards(batch: int, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
     text = write_text(folder / "text.jsonl", 3)
     TokenShards.prepare(folder / "tokens", [text], tokenizer, shard_tokens=200)
@@ -292,10 +306,10 @@ def test_token_shards(examples: int, folder: Path) -> None:
         assert len(shards.read(0, shards.tokens)) == shards.tokens
         shards.document_starts(0, shards.tokens)
 
-    fuzz("token shards", folder, examples, attempt)
+    fuzz("token shards", folder, batch, attempt)
 
 
-def test_checkpoint_manifests(examples: int, folder: Path) -> None:
+def test_checkpoint_manifests(batch: int, folder: Path) -> None:
     state = folder / "step-000002"
     files = {}
     for rank in range(2):
@@ -313,4 +327,4 @@ def test_checkpoint_manifests(examples: int, folder: Path) -> None:
             assert all((state / name).is_file() for name in found.parts)
             check_fingerprint(found, run)
 
-    fuzz("checkpoint manifest", folder, examples, attempt)
+    fuzz("checkpoint manifest", folder, batch, attempt)

@@ -37,6 +37,7 @@ from damage import (
     text,
     then,
 )
+from faults import note
 from tiny import save, tiny_config, tiny_model
 from tiny_run import EXAMPLE, make_source, write_text
 from transformers import AutoTokenizer
@@ -54,6 +55,19 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(pristine: Path, tmp_path: Path) -> Path:
     """A checkpoint that a test may damage, alone in its folder."""
     return shutil.copytree(pristine, tmp_path / "source")
+
+
+def note_inputs(kind: str, refused: int = 0, read: int = 0) -> None:
+    """Leave a line of how many inputs a test has shown to be refused, or read and nothing more."""
+    note(
+        fault="hostile input",
+        operation=kind,
+        points=refused + read,
+        outcomes={
+            "refused in one line, nothing written": refused,
+            "read as data, nothing executed": read,
+        },
+    )
 
 
 INDEX = "model.safetensors.index.json"
@@ -422,6 +436,13 @@ INCONVERTIBLE: dict[str, tuple[Damage, str]] = {
 }
 
 
+def kind_of(file: str) -> str:
+    """Say what kind of input is hostile, by the file that the message names."""
+    kinds = {"": "folder", "config.json": "config", INDEX: "index", "pytorch_model.bin": "pickle"}
+    other = "weights" if file.endswith(".safetensors") else "tokenizer, model card and the like"
+    return kinds.get(file, other)
+
+
 @pytest.mark.parametrize("command", ["convert", "inspect", "verify"])
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_an_unreadable_checkpoint(source: Path, tmp_path: Path, case: str, command: str) -> None:
@@ -434,10 +455,13 @@ def test_an_unreadable_checkpoint(source: Path, tmp_path: Path, case: str, comma
     result = invoke(command, source, *arguments)
     assert_one_line(result, source / file, finding)
     assert listing(tmp_path) == before
+    note_inputs(kind_of(file), refused=1)
 
 
 @pytest.mark.parametrize("case", INCONVERTIBLE)
-def test_an_inconvertible_checkpoint(source: Path, tmp_path: Path, case: str) -> None:
+def test_an_inconvertible_checkpoint(
+    source: Path, pristine: Path, tmp_path: Path, case: str
+) -> None:
     damage, finding = INCONVERTIBLE[case]
     damage(source)
     before = listing(tmp_path)
@@ -446,6 +470,8 @@ def test_an_inconvertible_checkpoint(source: Path, tmp_path: Path, case: str) ->
     assert_one_line(result, source, finding)
     assert listing(tmp_path) == before
     assert time.monotonic() - begun < 10
+    config, sound = ((folder / "config.json").read_bytes() for folder in (source, pristine))
+    note_inputs("weights" if config == sound else "config", refused=1)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
@@ -461,6 +487,7 @@ def test_no_kernel_is_fetched(
     edit_config(**{key: "kernels-community/evil"})(source)
     assert invoke("convert", source, tmp_path / "target", *TO_2).exit_code == 0
     assert asked == []
+    note_inputs("config", read=1)
 
 
 def test_a_card_cannot_grow(source: Path, tmp_path: Path) -> None:
@@ -470,6 +497,7 @@ def test_a_card_cannot_grow(source: Path, tmp_path: Path) -> None:
     written = (tmp_path / "target" / "README.md").read_text()
     assert "license: mit" in written
     assert len(written) < 10_000
+    note_inputs("tokenizer, model card and the like", read=1)
 
 
 def test_token_shards_do_not_lead_out_of_their_folder(tmp_path: Path) -> None:
@@ -479,6 +507,7 @@ def test_token_shards_do_not_lead_out_of_their_folder(tmp_path: Path) -> None:
     link_out("tokens-00000.bin")(folder)
     with pytest.raises(DataError, match="leads out of the folder"):
         TokenShards.open(folder)
+    note_inputs("token shards", refused=1)
 
 
 WRONG = (
@@ -514,6 +543,7 @@ def test_any_value_of_a_config_is_taken_or_refused(source: Path, tmp_path: Path)
     assert min(outcomes.values()) > 30
     path.write_bytes(sound)
     assert listing(tmp_path) == before
+    note_inputs("any value of a config", refused=outcomes[1], read=outcomes[0])
 
 
 # Code that lies in a checkpoint.
@@ -554,6 +584,7 @@ def test_code_is_executed_only_when_it_is_trusted(
     result = invoke(*run)
     assert (result.exit_code, result.stderr) == (0, "")
     assert not (tmp_path / "executed").exists()
+    note_inputs("code in a checkpoint", read=1)
     invoke(*run, "--overwrite", "--trust-remote-code") if "convert" in command else invoke(
         *run, "--trust-remote-code"
     )
@@ -609,6 +640,7 @@ def test_a_hostile_recipe(
     assert_one_line(result, path, finding, code=2)
     assert listing(tmp_path) == before
     assert time.process_time() - begun < 5
+    note_inputs("recipe", refused=1)
 
 
 # Texts.
@@ -662,3 +694,4 @@ def test_a_hostile_text(
     result = invoke(command, *arguments[command])
     assert_one_line(result, tmp_path, finding)
     assert listing(tmp_path) == before
+    note_inputs("text", refused=1)
