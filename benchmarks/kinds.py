@@ -102,7 +102,8 @@ def train(kind: str, arguments: argparse.Namespace) -> Path:
         }
         uptrain.finetune(Recipe.model_validate(recipe), resume=True)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return output / "final"
+    final: Path = output / "final"
+    return final
 
 
 def measure(kind: str, heads: int, method: str, arguments: argparse.Namespace) -> dict[str, Any]:
