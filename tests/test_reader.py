@@ -141,6 +141,11 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "negative": ({"a": entry(0, 4, shape=[-2, -2])}, b"x" * 4, "not a natural number"),
     "boolean": ({"a": entry(0, 1, shape=[True])}, b"x", "not a natural number"),
     "fraction": ({"a": entry(0, 1, shape=[1.0])}, b"x", "not a natural number"),
+    "minus zero": (
+        b'{"a":{"dtype":"U8","shape":[],"data_offsets":[-0,1]}}',
+        b"x",
+        "not a natural number",
+    ),
     "huge": ({"a": entry(0, 2**64)}, b"", "not a natural number"),
     "dtype": ({"a": entry(0, 4, "F4")}, b"x" * 4, "unknown dtype 'F4'"),
     "dtype list": ({"a": entry(0, 4, ["F32"])}, b"x" * 4, "malformed"),

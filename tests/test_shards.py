@@ -1,6 +1,7 @@
 """Token shards: what they hold, when they are reused, replaced or refused."""
 
 import fcntl
+import json
 import os
 import sys
 import threading
@@ -105,6 +106,15 @@ def test_text_without_a_token_is_refused(tmp_path, tokenizer):
     ):
         TokenShards.prepare(tmp_path / "tokens", [path], tokenizer)
     assert not (tmp_path / "tokens").exists()
+
+
+def test_a_manifest_of_no_tokens_is_refused(tmp_path, tokenizer):
+    folder = tmp_path / "tokens"
+    TokenShards.prepare(folder, shard_sources(tmp_path), tokenizer)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": [], "tokens": 0}))
+    with pytest.raises(DataError, match=r"tokens: its token shards cannot be used \(no tokens\)"):
+        TokenShards.open(folder)
 
 
 def documents_of(paths: list[Path], tokenizer) -> list[int]:

@@ -86,9 +86,14 @@ def parse_json(text: str) -> Any:
         ValueError: If it is malformed, names a key twice, or holds half a surrogate pair.
         RecursionError: If it is nested too deeply.
     """
-    content = json.loads(text, object_pairs_hook=_unique_keys)
+    content = json.loads(text, object_pairs_hook=_unique_keys, parse_int=_integer)
     json.dumps(content, ensure_ascii=False).encode()
     return content
+
+
+def _integer(digits: str) -> int | float:
+    # As other readers of JSON see it, safetensors' own among them.
+    return -0.0 if digits == "-0" else int(digits)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

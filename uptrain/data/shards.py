@@ -87,6 +87,8 @@ class TokenShards:
                 shards._maps.append(mapped)
                 shards._begins.append(start)
                 start += len(mapped)
+            if not start:
+                raise ValueError("no tokens")
             if start != manifest["tokens"]:
                 raise ValueError(f"{start} tokens instead of {manifest['tokens']}")
             shards._documents = _map(folder, STARTS, "<u8", manifest["documents"])
