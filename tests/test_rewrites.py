@@ -263,7 +263,8 @@ def test_files_of_base_models_and_old_buffers(sources: Any, tmp_path: Path) -> N
     state["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
     safetensors.torch.save_file(state, source / "model.safetensors", {"format": "pt"})
     uptrain.convert(source, tmp_path / "target", 4)
-    assert torch.equal(logits(tmp_path / "target"), logits(sources("gpt2-gpt_bigcode")))
+    difference = logits(tmp_path / "target") - logits(sources("gpt2-gpt_bigcode"))
+    assert difference.abs().max() <= tolerance("gpt2")  # a transposed product may round otherwise
 
 
 @pytest.mark.parametrize(
