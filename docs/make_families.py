@@ -23,7 +23,7 @@ from uptrain.families.runtimes import runtimes
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from family_list import COUNTS, FAMILIES  # noqa: E402
+from family_list import COUNTS, FAMILIES, IN_4  # noqa: E402
 from tiny import save, tiny_config, tiny_model  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
@@ -70,6 +70,9 @@ transformers, exchanged groups do not, and no key is missing, unexpected or of a
 * **runtimes**: those whose own code for the family accepts the result, as read in the source of vLLM (0002bff,
   ee92a6f, 4652ef5, 4ae0583, 4819ff7, 7477b4f, ccf9c9b, 52e9d6f), of llama.cpp (as in llama-cpp-python 0.3.36) and
   of CTranslate2 4.8.5. Run were Llamas only, with the last two (`tests/test_real_runtimes.py`); vLLM was not.
+  Written as "transformers", logits are the same in 5 and in 4.57 (`tests/test_transformers_4.py`); as
+  "transformers 5", 4.57 does not know the family, or did not read even the tiny original as 5 does.
+  [Serving](serving.md#transformers-457) says what else to know of 4.57.
   A runtime that is not named may still take a family whose class was not read, as those of images and speech
   were not: `uptrain inspect` says "not known" of these.
 
@@ -129,6 +132,8 @@ def described(name: str) -> tuple[str, str, str, str]:
     )
     count = COUNTS.get(name, [2])[0]
     accepted = [each["runtime"] for each in runtimes(config, count) if each["accepts"]]
+    if name not in IN_4:
+        accepted = ["transformers 5" if each == "transformers" else each for each in accepted]
     family = f"{model_type} ({form.replace('-', ' ')})" if form else model_type
     known = "" if form else MHA_CHECKPOINTS.get(model_type, "")
     return family, ", ".join(f"`{key}`" for key in keys), known, ", ".join(accepted)
@@ -143,7 +148,8 @@ They are rewritten while converting, exactly; what begins with `gqa_` is transfo
 smallest modeling file that gives it KV heads, which the checkpoint then brings along. Checked by
 `tests/test_rewrites.py` and `tests/test_carried.py`. All of them allow align, factorize and calibration, with
 every invertible map of value and key heads but where rotary embedding leaves less (`tests/test_encoder.py`);
-whisper is calibrated on speech.
+whisper is calibrated on speech. All of them, those of the next paragraph as well, give the same logits and
+continuations in transformers 5 and in 4.57 (`tests/test_transformers_4.py`).
 
 baichuan (of 7B), chatglm (the second and third), internlm, internlm2 and qwen (the first) are known to
 transformers only by code of the checkpoints' own. They are rewritten by the layout of their tensors, and that

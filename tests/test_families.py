@@ -110,14 +110,18 @@ def logits(folder: Path) -> torch.Tensor:
     return torch.cat([output.flatten() for output in outputs])
 
 
-def run(model: Any, shapes: dict[str, tuple[int, ...]]) -> torch.Tensor:
+def make_inputs(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    given = {
+    return {
         name: torch.randint(1, 100, shape, generator=generator)
         if name.endswith("_ids")
-        else torch.randn(shape, generator=generator).to(model.dtype)
+        else torch.randn(shape, generator=generator).to(dtype)
         for name, shape in shapes.items()
     }
+
+
+def run(model: Any, shapes: dict[str, tuple[int, ...]]) -> torch.Tensor:
+    given = make_inputs(shapes, model.dtype)
     torch.manual_seed(0)  # of models that fill a canvas with noise
     with torch.no_grad():
         output = model.eval()(**given, use_cache=False)

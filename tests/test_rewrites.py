@@ -263,7 +263,8 @@ def test_files_of_base_models_and_old_buffers(sources: Any, tmp_path: Path) -> N
     state["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
     safetensors.torch.save_file(state, source / "model.safetensors", {"format": "pt"})
     uptrain.convert(source, tmp_path / "target", 4)
-    assert torch.equal(logits(tmp_path / "target"), logits(sources("gpt2-gpt_bigcode")))
+    difference = logits(tmp_path / "target") - logits(sources("gpt2-gpt_bigcode"))
+    assert difference.abs().max() <= tolerance("gpt2")  # a transposed product may round otherwise
 
 
 @pytest.mark.parametrize(
@@ -410,6 +411,7 @@ OPTS = {
         # and opt's: they would have no special tokens, or not load at all.
         ("opt-gpt_bigcode", False, OPTS, False),
         ("gpt2-gpt_bigcode", True, {"model_max_length": 64}, False),
+        ("gpt2-gpt_bigcode", True, {**OPTS, "additional_special_tokens": ["<|im_end|>"]}, False),
         ("gpt_neox-nemotron", False, {"tokenizer_class": "GPTNeoXTokenizer"}, False),
         ("gpt_neox-phi", True, {**OPTS, "tokenizer_class": "GPTNeoXTokenizer"}, True),
         ("codegen-phi", False, {**OPTS, "tokenizer_class": "CodeGenTokenizer"}, True),
@@ -427,6 +429,7 @@ def test_a_tokenizer_stays_what_it_is(
     assert after(text)["input_ids"] == before(text)["input_ids"]
     assert after.decode(after(text)["input_ids"]) == before.decode(before(text)["input_ids"])
     assert after.special_tokens_map == before.special_tokens_map
+    assert after.all_special_tokens == before.all_special_tokens
     assert after.model_max_length == before.model_max_length
     names = ["tokenizer_config.json", "tokenizer.json" if whole else "merges.txt"]
     same = [(source / name).read_bytes() == (target / name).read_bytes() for name in names]

@@ -69,14 +69,18 @@ _SMALL: dict[str, Any] = {
 
 
 # Where transformers lists the class that a config belongs to, in the order in which it is looked up.
-AUTO_CLASSES = (
-    transformers.AutoModelForCausalLM,
-    transformers.AutoModelForImageTextToText,
-    transformers.AutoModelForSeq2SeqLM,
-    transformers.AutoModelForSpeechSeq2Seq,
-    transformers.AutoModelForMultimodalLM,
-    transformers.AutoModelForMaskedLM,
-    transformers.AutoModel,
+AUTO_CLASSES = tuple(
+    getattr(transformers, name)
+    for name in (
+        "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSpeechSeq2Seq",
+        "AutoModelForMultimodalLM",
+        "AutoModelForMaskedLM",
+        "AutoModel",
+    )
+    if hasattr(transformers, name)  # transformers 4 has no AutoModelForMultimodalLM
 )
 
 

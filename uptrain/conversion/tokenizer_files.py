@@ -44,6 +44,8 @@ def tokenizer_files(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[s
         return {}
     settings = {key: getattr(tokenizer, key, None) for key in _SETTINGS}
     stated = {key: value for key, value in settings.items() if value is not None}
+    if others := list(map(str, tokenizer.extra_special_tokens)):
+        stated["additional_special_tokens"] = others  # the name that transformers 4 reads, too
     return _written(tokenizer.backend_tokenizer, {**stated, **tokenizer.special_tokens_map})
 
 
@@ -108,4 +110,5 @@ def _state(tokenizer: Any) -> tuple[Any, ...] | None:
     if tokenizer is None or not tokenizer.is_fast:
         return None
     settings = tuple(getattr(tokenizer, key, None) for key in _SETTINGS)
-    return tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map, settings
+    special = tokenizer.special_tokens_map, tokenizer.all_special_tokens
+    return tokenizer.backend_tokenizer.to_str(), special, settings
