@@ -175,7 +175,7 @@ def build(
         for target, content in ((state, parts), (after, made)):
             target |= {prefix + n: t for n, t in write_heads(content, names).items()}
         for name, tensor in layer.items():
-            if name in names.layouts and not names.is_projection(name):
+            if name in names.beside:
                 whole = tensor.unflatten(0, (heads.num_key_value_heads, -1))[first]
                 state[prefix + name] = whole.flatten(0, 1)
             if kind.equal_gains and name.split(".")[-2] in ("q_norm", "k_norm"):

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from uptrain.conversion.attention import AttentionNames
 from uptrain.conversion.fit import Rows, Run
-from uptrain.conversion.partway import run_attention
+from uptrain.conversion.partway import reach_attention
 
 _SIGN_ROWS, _SIGN_LENGTH = 32, 16
 
@@ -56,11 +56,10 @@ def input_moments(
         return projection.register_forward_pre_hook(hook)
 
     handles = [keep(leaf) for leaf in {names.key, names.query}]
-    until_attention = run_attention(layer, [names], run)
     sums: dict[str, _Sums] = {}
     try:
         for batch, rows in batches:
-            until_attention(batch, rows)
+            reach_attention(layer, [names], run, batch, rows)
             for leaf in (names.key, names.query):
                 if leaf == names.key or seen[leaf] is not seen[names.key]:
                     sums.setdefault(leaf, _Sums()).add(seen[leaf], names.has_bias)

@@ -218,6 +218,8 @@ def is_plain(layer: nn.Module, blocks: Sequence[AttentionNames], run: Run, hidde
         return result, [output for (output,) in outputs]
 
     reference, outputs = run_with([None] * len(blocks), hidden)
+    if outputs[-1].shape != hidden.shape:  # what layers pass on is more than one stream
+        return False
     moved = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     moved = moved * hidden.std()
     shifted, _ = run_with([*outputs[:-1], outputs[-1] + moved], hidden - moved)

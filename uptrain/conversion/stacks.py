@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,16 @@ def find_stacks(
             raise UnsupportedFamilyError(
                 f"{checkpoint.name}: tensor {disk} is in no list of layers; use --method mean without --calibration"
             )
-        if expected[in_memory[disk]].shape != tensor.source_shape:
+        parts = [expected[in_memory[member]].shape for member in tensor.members]
+        if (sum(part[0] for part in parts), *parts[0][1:]) != tensor.source_shape:
             raise UnsupportedFamilyError(
                 f"{checkpoint.name}: tensor {disk} is stored in another form than it is computed with; use "
                 "--method mean without --calibration"
             )
-        found.setdefault(match[1], {}).setdefault(int(match[2]), {})[match[3]] = tensor
+        prefix = f"{match[1]}.{match[2]}."
+        members = tuple(in_memory[member].removeprefix(prefix) for member in tensor.members)
+        tensors = found.setdefault(match[1], {}).setdefault(int(match[2]), {})
+        tensors[match[3]] = replace(tensor, members=members)
     if len(found) > 1 and not found.keys() <= set(halves(model).values()):
         raise UnsupportedFamilyError(
             f"{checkpoint.name}: KV heads are in {len(found)} stacks of layers ({', '.join(sorted(found))}), "

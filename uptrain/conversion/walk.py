@@ -28,7 +28,7 @@ from uptrain.conversion.attention import (
 from uptrain.conversion.encoder import Encoded, encode, encoded_by
 from uptrain.conversion.finished import LayerReport, layer_path
 from uptrain.conversion.freedom import Freedom, find_freedom, noisy, rotary_dims
-from uptrain.conversion.merge import Losses, Merged, merge_heads, merge_norms
+from uptrain.conversion.merge import Losses, Merged, merge_heads, merge_beside
 from uptrain.conversion.moments import Moments, balanced_signs, input_moments
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan
@@ -226,8 +226,8 @@ class Walk:
                 "groups": merged.groups,
                 "discarded_energy": {"value": merged.discarded_value, "key": merged.discarded_key},
             }
-            gains = merge_norms(source.state_dict(), names, names.heads, merged.groups)
-            written = {**write_heads(merged.parts, names), **gains}
+            beside = merge_beside(source.state_dict(), names, merged.groups)
+            written = {**write_heads(merged.parts, names), **beside}
             replaced |= {name: tensor.float() for name, tensor in written.items()}
         report.add(blocks)
         layer = self.target.layer(index, replaced)
