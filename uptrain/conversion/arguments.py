@@ -18,7 +18,7 @@ class Arguments:
     """For hidden states of one shape."""
 
     by_layer: list[dict[str, Any]]
-    """`args` and `kwargs`."""
+    """`args` and `kwargs`; nothing for a layer that the model left out."""
     encoded: torch.Tensor | None
     """What stands among them for the encoder's output."""
 
@@ -32,25 +32,14 @@ class Arguments:
         return found
 
 
-def check_independent(name: str, one: Arguments, other: Arguments) -> None:
-    """Refuse layers that are given something else than the hidden states for another text.
-
-    Args:
-        name: Of the checkpoint.
-        one: For some text.
-        other: For another, and another output of the encoder.
-
-    Raises:
-        UnsupportedFamilyError: If they differ.
-    """
+def differ(one: Arguments, other: Arguments) -> bool:
+    """Say whether layers were called with different tensors, an encoder's output apart."""
     for index in range(len(one.by_layer)):
         leaves = tree_leaves(one.of(index, None)), tree_leaves(other.of(index, None))
         pairs = zip(*leaves, strict=True)
         if any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs):
-            raise UnsupportedFamilyError(
-                f"{name}: its layers are given more of the text than hidden states, so they "
-                "cannot be run one by one; use --method mean without --calibration"
-            )
+            return True
+    return False
 
 
 def blank_inputs(name: str, entry: str, config: Any, batch: int, length: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """One attention block's weights as heads, whatever their names, layout and biases."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -59,6 +59,10 @@ class AttentionNames:
     def transposed(self) -> bool:
         """Whether the weights lie `[inputs, outputs]`, as in gpt2."""
         return self.layout is Layout.COLUMNS
+
+    def is_among(self, names: Collection[str]) -> bool:
+        """Say whether the block's keys are among tensors named within the layer."""
+        return f"{self.module}.{self.key}.weight" in names
 
     def is_projection(self, name: str) -> bool:
         """Say whether a tensor, by its name within the layer, is of queries, keys, values or output."""
@@ -119,9 +123,7 @@ def find_attention(
     for name in (name for name in tensors if name in head_tensors):
         if found := _projection(name, head_tensors[name].layout):
             leaves.setdefault(found[0], []).append(found[1])
-    blocks = [
-        _find_block(module, found, tensors, head_tensors) for module, found in leaves.items()
-    ]
+    blocks = [_find_block(module, found, tensors, head_tensors) for module, found in leaves.items()]
     for name, tensor in head_tensors.items():
         if any(block.is_projection(name) for block in blocks):
             continue
@@ -145,9 +147,8 @@ def _projection(name: str, layout: Layout) -> tuple[str, str] | None:
     if layout in _FUSED:
         module, _, leaf = path.rpartition(".")
         return module, leaf
-    known = (leaf for _, *pair in _SEPARATE for leaf in pair if path.endswith(f".{leaf}"))
-    leaf = next(known, None)
-    return None if leaf is None else (path.removesuffix(f".{leaf}"), leaf)
+    known = [leaf for _, *pair in _SEPARATE for leaf in pair if path.endswith(f".{leaf}")]
+    return (path.removesuffix(f".{known[0]}"), known[0]) if known else None
 
 
 def _find_block(

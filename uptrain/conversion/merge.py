@@ -282,7 +282,7 @@ def _moments(
 
 def _value_grams(parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> list[Tensor]:
     """Inner products from which a group's loss of value-output energy follows."""
-    if freedom.value is Basis.FIXED:
+    if (freedom.key if parts.tied else freedom.value) is Basis.FIXED:
         return [energy.mean_gram(parts.value, moment)]
     return [energy.value_output_gram(parts.value, parts.output, moment)]
 

@@ -1,6 +1,7 @@
 """Second moments of what enters an attention block, from text or from the gains of its norm."""
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -46,11 +47,11 @@ def input_moments(
         batches: What enters the layer, each [sequences, length, hidden_size], and which sequences of
             the text these are.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def keep(leaf: str) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[leaf] = args[0]
+            seen.setdefault(leaf, []).append(args[0])
 
         projection = layer.get_submodule(f"{names.module}.{leaf}")
         return projection.register_forward_pre_hook(hook)
@@ -60,9 +61,12 @@ def input_moments(
     try:
         for batch, rows in batches:
             reach_attention(layer, [names], run, batch, rows)
-            for leaf in (names.key, names.query):
-                if leaf == names.key or seen[leaf] is not seen[names.key]:
-                    sums.setdefault(leaf, _Sums()).add(seen[leaf], names.has_bias)
+            keys, queries = seen[names.key], seen[names.query]
+            of_both = len(keys) == len(queries) and all(map(is_, keys, queries))
+            for leaf in {names.key, names.query} if not of_both else {names.key}:
+                for entering in seen[leaf]:  # merged attention makes keys of two inputs
+                    sums.setdefault(leaf, _Sums()).add(entering, names.has_bias)
+            seen.clear()
     finally:
         for handle in handles:
             handle.remove()
