@@ -384,13 +384,12 @@ COUNTS = {
 FLOAT32_INSIDE = {"flex_olmo", "minimax_m2", "olmo2", "olmo3", "olmo_hybrid", "olmoe"}
 FLOAT32_ONLY = {"inkling2_text"}  # its router multiplies float32 by the model's dtype
 
+# Whose encoders take what is not known here: only the decoder is converted, and not calibrated.
+UNHEARD = ["canary", "cohere_asr"]
 # Whose layers cannot be run one by one on plain text, and what is said: only pooling is possible.
-_HEARS = "hears by an encoder whose input is not known here"
 _EARLIER_KEYS = "layer 2 reads the keys and values of an earlier layer"
 POOLED_ONLY = {
     "blt": "blt cuts bytes into patches",
-    "canary": f"canary {_HEARS}",
-    "cohere_asr": f"cohere_asr {_HEARS}",
     "csm": "csm speaks in audio codes by two models",
     "dia": "dia speaks in several rows of audio codes",
     "dia:different": "dia speaks in several rows of audio codes",
@@ -398,7 +397,7 @@ POOLED_ONLY = {
     "gemma3n_text": "its layers pass on 4 streams of hidden states",
     "gemma3n_text:shared": _EARLIER_KEYS,
     "gemma4_text:shared": _EARLIER_KEYS,
-    "inkling2_text": "its layers, or what lies behind them, are given more of the text than hidden states",
+    "inkling2_text": "what lies behind its layers is given more of the text than hidden states",
     "kyutai_speech_to_text": "kyutai_speech_to_text reads audio codes beside each token",
     "voxtral_realtime": "voxtral_realtime adds what it hears to each token",
 }

@@ -62,10 +62,16 @@ def blank_inputs(name: str, entry: str, config: Any, batch: int, length: int) ->
         # Neither it nor its successor is padding, which some models would mask by themselves.
         token = 0 if getattr(config, "pad_token_id", None) not in (0, 1) else 2
         return torch.full((batch, length), token)
-    if entry != "input_features" or not hasattr(config, "max_source_positions"):
+    if not is_known(entry, config):
         raise UnsupportedFamilyError(
-            f"{name}: its encoder takes {entry} in a form that is not known here, expected text or "
-            "Whisper's spectra; use --method mean without --calibration"
+            f"{name}: its encoder, {config.model_type}, takes {entry} in a form that is not known here, expected "
+            "text or Whisper's spectra; convert its decoder without --calibration, say by --method factorize"
         )
     # Of two convolutions the second halves the frames.
     return torch.zeros(batch, config.num_mel_bins, 2 * config.max_source_positions)
+
+
+def is_known(entry: str, config: Any) -> bool:
+    """Say whether `blank_inputs` can make what a model takes."""
+    hears = entry == "input_features" and hasattr(config, "max_source_positions")
+    return entry == "input_ids" or hears

@@ -35,7 +35,12 @@ def encode(source: LayerStream, inputs: Tensor | None, activation_bytes: int | N
         activation_bytes: As in `ResidualStreams`.
     """
     if inputs is None:
-        return encoded_by(source, source, None)
+        known = source.can_be_read
+        return (
+            encoded_by(source, source, None)
+            if known
+            else unseen(source.encoder_width, source.device)
+        )
     streams = ResidualStreams(source, source, inputs, activation_bytes)
     for index in range(len(source)):
         layer = source.layer(index)
@@ -68,7 +73,7 @@ def encoded_by(
 
 
 def unseen(width: int, device: torch.device) -> Encoded:
-    """Stand for features of an image, of which a text says nothing.
+    """Stand for features of an image, of which a text says nothing, or for what an encoder may give.
 
     Args:
         width: Their number.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import BaseModelOutput
 
-from uptrain.conversion.arguments import Arguments, Stop, blank_inputs, differ
+from uptrain.conversion.arguments import Arguments, Stop, blank_inputs, differ, is_known
 from uptrain.conversion.stacks import DECODER, ENCODER
 from uptrain.errors import UnsupportedFamilyError, one_line
 
@@ -51,7 +51,8 @@ class Frame:
         self._arguments: dict[tuple[int, ...], Arguments] = {}
         self._reached: list[bool] = []
         self.by_text = False
-        """Whether layers are given more of the text than hidden states: embeddings of their own, say."""
+        """Whether layers are given more of the text than hidden states, embeddings of their own say, or an
+        encoder's output in another form."""
         self._beside: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
         """What the first layer returns beside the hidden states; None if it returns a tensor."""
 
@@ -111,25 +112,27 @@ class Frame:
         return lambda index: lambda *_, **__: self._wrap(hidden)
 
     def arguments(
-        self, batch: int, length: int, encoded: tuple[int, ...] = (), inputs: Tensor | None = None
+        self, batch: int, length: int, encoded: Tensor | None = None, inputs: Tensor | None = None
     ) -> Arguments:
         """Say what layers are called with beside hidden states.
 
         Args:
             batch: Sequences.
             length: Tokens of each.
-            encoded: Shape of what an encoder made of one sequence, if there is any.
+            encoded: [batch, encoder's length, width], what an encoder made, if there is one.
             inputs: [batch, length], the text itself; it counts if `by_text`.
 
         Raises:
             UnsupportedFamilyError: If that depends on what earlier layers computed.
         """
         self._learn()
-        shape = (batch, length, *encoded)
         if self.by_text:
-            return self._record(self.blank_inputs(batch, length) if inputs is None else inputs)
+            given = self.blank_inputs(batch, length) if inputs is None else inputs
+            return self._record(given, encoded)
+        shape = (batch, length, *(() if encoded is None else encoded.shape[1:]))
         if shape not in self._arguments:
-            self._arguments[shape] = self._record(self.blank_inputs(batch, length), encoded)
+            blank = None if encoded is None else torch.zeros_like(encoded)
+            self._arguments[shape] = self._record(self.blank_inputs(batch, length), blank)
         return self._arguments[shape]
 
     def blank_inputs(self, batch: int, length: int) -> Tensor:
@@ -141,8 +144,18 @@ class Frame:
         """Stands for what an encoder made; None without one."""
         if self.half != DECODER:
             return None
-        size = self.model.get_encoder().config.get_text_config().hidden_size
-        return torch.zeros(batch, length, size, device=self.device)
+        return torch.zeros(batch, length, self.encoder_width, device=self.device)
+
+    @property
+    def encoder_width(self) -> int:
+        """Size of what an encoder gives for each of its positions."""
+        return int(self.model.get_encoder().config.get_text_config().hidden_size)
+
+    @property
+    def can_be_read(self) -> bool:
+        """Whether what the layers compute on is of a known form."""
+        config = self.model.get_encoder().config if self.half == ENCODER else self.model.config
+        return is_known(self.entry, config)
 
     @torch.no_grad()
     def _learn(self) -> None:
@@ -155,50 +168,43 @@ class Frame:
             return
         tokens = self.blank_inputs(1, 2)
         blank = self._blank(1, 2)
-        encoded = () if blank is None else blank.shape[1:]
-        one = self._record(tokens, encoded)
+        one = self._record(tokens, blank)
         reached = [bool(found) for found in one.by_layer]
         takes_more = _BESIDE in inspect.signature(self.model.forward).parameters
         if not all(reached) and (self.half is not None or not takes_more or not any(reached)):
             raise UnsupportedFamilyError(
                 f"{self.name}: text alone does not reach all its layers, {_WAY_OUT}"
             )
-        if differ(one, self._record(tokens, encoded, moved=1.0)):
+        if differ(one, self._record(tokens, blank, moved=1.0)):
             raise UnsupportedFamilyError(
                 f"{self.name}: its layers are given more of what earlier layers computed than hidden states, "
                 f"{_WAY_OUT}"
             )
-        by_text = differ(one, self._record(tokens + 1, encoded, stand_in=1.0))
+        other = None if blank is None else blank + 1
+        by_text = differ(one, self._record(tokens + 1, other))
         states = self.embed(tokens)
-        given = (self._forward(t, self._give(states))[0] for t in (tokens, tokens + 1))
-        if by_text and (self.half is not None or not torch.equal(*given)):
+        left = [self._forward(t, self._give(states), blank) for t in (tokens, tokens + 1)]
+        if by_text and not torch.equal(left[0][0], left[1][0]):
             raise UnsupportedFamilyError(
-                f"{self.name}: its layers, or what lies behind them, are given more of the text than hidden "
-                f"states, {_WAY_OUT}"
+                f"{self.name}: what lies behind its layers is given more of the text than hidden states, "
+                f"{_WAY_OUT}"
             )
         self._reached, self.by_text = reached, by_text
 
     @torch.no_grad()
     def _record(
-        self,
-        inputs: Tensor,
-        encoded: tuple[int, ...] = (),
-        moved: float = 0.0,
-        stand_in: float = 0.0,
+        self, inputs: Tensor, encoded: Tensor | None = None, moved: float = 0.0
     ) -> Arguments:
         """Record what layers are called with.
 
         Args:
             inputs: [batch, length].
-            encoded: Shape of what an encoder made of one sequence, if there is any.
+            encoded: [batch, encoder's length, width], what an encoder made, if there is one.
             moved: What each layer adds to what it passes on.
-            stand_in: Stands for all that the encoder made.
         """
-        batch = len(inputs)
         length = inputs.shape[1] if self.entry == "input_ids" else self.embed(inputs).shape[1]
-        shape = (batch, length, *encoded)
+        shape = (len(inputs), length, *(() if encoded is None else encoded.shape[1:]))
         recorded: list[dict[str, Any]] = [{} for _ in self._layers]
-        made = torch.full((batch, *encoded), stand_in, device=self.device) if encoded else None
 
         def record(index: int) -> Callable[..., Any]:
             def keep(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -209,9 +215,9 @@ class Frame:
 
             return keep
 
-        self._learn_return(inputs, shape, made)
-        self._forward(inputs, record, made)
-        return Arguments(recorded, made)
+        self._learn_return(inputs, shape, encoded)
+        self._forward(inputs, record, encoded)
+        return Arguments(recorded, encoded)
 
     def _learn_return(self, inputs: Tensor, shape: tuple[int, ...], encoded: Tensor | None) -> None:
         """See from the first layer what layers return beside hidden states, which may be for the next."""
@@ -253,6 +259,7 @@ class Frame:
                 return self.model.get_encoder()(**{self.entry: inputs})
             if self.half == DECODER:
                 made = BaseModelOutput(last_hidden_state=encoded)
+                made.attention_mask = None  # encoders of speech may return one
                 return self.model(decoder_input_ids=inputs, encoder_outputs=made, use_cache=False)
             beside = {} if encoded is None else {_BESIDE: encoded}
             return self.model(input_ids=inputs, use_cache=False, **beside)

@@ -192,6 +192,16 @@ class LayerStream:
         """Make inputs of which only the shape counts, as the function of this name."""
         return self._frame.blank_inputs(batch, length)
 
+    @property
+    def encoder_width(self) -> int:
+        """Size of what an encoder gives for each of its positions."""
+        return self._frame.encoder_width
+
+    @property
+    def can_be_read(self) -> bool:
+        """Whether what the layers compute on is of a known form: text, or Whisper's spectra."""
+        return self._frame.can_be_read
+
     def reaches(self, index: int) -> bool:
         """Say whether text alone reaches a layer; those that attend to images are left out then."""
         return self._frame.reaches(index)
@@ -218,8 +228,7 @@ class LayerStream:
         Returns:
             [batch, length, hidden_size]; `hidden` itself if the model would leave the layer out.
         """
-        shape = () if encoded is None else tuple(encoded.shape[1:])
-        recorded = self._frame.arguments(hidden.shape[0], hidden.shape[1], shape, inputs)
+        recorded = self._frame.arguments(hidden.shape[0], hidden.shape[1], encoded, inputs)
         arguments = recorded.of(index, encoded)
         if not arguments:
             return hidden

@@ -6,6 +6,7 @@ interrupted work goes on behind the last finished one.
 """
 
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -95,8 +96,15 @@ class Walk:
         self.rotary_dims = rotary_dims(checkpoint.config, code)
         self._read = self._probe_inputs(inputs)
         self.probe = noisy(self.source.embed(self._read))
-        if not all(map(self.source.reaches, range(len(self.source)))):
+        unread = [str(index) for index in range(len(self.source)) if not self.source.reaches(index)]
+        if unread:
             self.encoded = unseen(self.probe.shape[-1], device)
+        if unread and sample is not None:
+            print(
+                f"{checkpoint.name}: text does not reach layers {', '.join(unread)}, which attend to images; "
+                "they are merged without it",
+                file=sys.stderr,
+            )
         self._finished: dict[str, Tensor] = {}
         """What several layers share, by its first name, once the first of them is done."""
 

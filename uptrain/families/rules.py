@@ -9,7 +9,6 @@ _GQA_ENCODER_DECODERS = (
     "gqa_mt5", "gqa_pegasus", "gqa_plbart", "gqa_t5", "gqa_whisper",
 )  # fmt: skip
 
-_HEARS = "hears by an encoder whose input is not known here, expected text or Whisper's spectra"
 _SEVERAL_MODELS = "it is several models in one, which only its generate runs; save its thinker by itself and convert that"
 
 FAMILIES: dict[str, Family | tuple[Family, ...]] = {
@@ -25,9 +24,8 @@ FAMILIES: dict[str, Family | tuple[Family, ...]] = {
     "canary": Family(
         kv_keys=("decoder_config.num_key_value_heads",),
         encoder_kv_keys=("encoder_config.num_key_value_heads",),
-        unread=_HEARS,
     ),
-    "cohere_asr": Family(encoder_kv_keys=("encoder_config.num_key_value_heads",), unread=_HEARS),
+    "cohere_asr": Family(encoder_kv_keys=("encoder_config.num_key_value_heads",)),
     "colpali": Family(kv_keys=("vlm_config.text_config.num_key_value_heads",)),
     "colqwen2": Family(kv_keys=("vlm_config.text_config.num_key_value_heads",)),
     "csm": Family(
