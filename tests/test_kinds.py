@@ -20,6 +20,7 @@ from uptrain.conversion.options import make_options
 from uptrain.conversion.plan import plan_conversion
 from uptrain.conversion.sample import draw_text
 from uptrain.conversion.stacks import find_stacks
+from uptrain.conversion.verify import verify
 from uptrain.conversion.walk import Walk
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the model classes themselves
@@ -152,6 +153,7 @@ def test_a_block_that_layers_share_stays_one(copies: int, tmp_path: Path) -> Non
     uptrain.convert(source, tmp_path / "target", 2, **OPTIONS, reconstruct_steps=3)
     after = safetensors.torch.load_file(tmp_path / "target" / "model.safetensors")
     assert after.keys() == before.keys()
+    assert not verify(tmp_path / "target", source)["problems"]
     key = "model.layers.1.shared_transf.self_attn.k_proj.weight"
     assert 2 * len(after[key]) == len(before[key])
     for name in shared if copies == 2 else ():
