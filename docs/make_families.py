@@ -114,7 +114,7 @@ def row(name: str) -> tuple[list[str], str]:
         except UnsupportedFamilyError as error:
             methods = "pooling"
             reason = str(error).removeprefix("source: ").partition(";")[0]
-            reason = reason.partition(", so ")[0].removeprefix(f"{model_type} ")
+            reason = reason.partition(", so ")[0].removeprefix(model_type).lstrip(": ")
         else:
             reason = ""
             layers = [layer for layer in made["layers"] if layer["freedom"]]

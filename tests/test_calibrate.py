@@ -353,7 +353,10 @@ def test_the_best_known_choices_are_the_default() -> None:
     [
         # Known; seen by running a layer.
         ("blt", "source: blt cuts bytes into patches and joins six lists of layers as it goes, "),
-        ("gemma3n_text", "source: its layers pass on 4 streams of hidden states, expected one, "),
+        (
+            "gemma3n_text",
+            "source: gemma3n_text: its layers pass on 4 streams of hidden states, expected one, ",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses(

@@ -46,7 +46,7 @@ def blank_inputs(name: str, entry: str, config: Any, batch: int, length: int) ->
     """Make inputs of which only the shape counts.
 
     Args:
-        name: Of the checkpoint.
+        name: Of the checkpoint and its family, for messages.
         entry: What the model takes: `input_ids`, `input_features`, …
         config: The model's, or its encoder's.
         batch: Sequences.

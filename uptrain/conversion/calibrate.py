@@ -123,9 +123,8 @@ def _draw(plan: Plan, options: Options, code: Path | None) -> Sample:
     hears = model.config.is_encoder_decoder and model.main_input_name != "input_ids"
     if hears:
         encoder = model.get_encoder()
-        blank_inputs(
-            plan.checkpoint.name, encoder.main_input_name, encoder.config, 1, 1
-        )  # is known
+        name = f"{plan.checkpoint.name}: {plan.checkpoint.config['model_type']}"
+        blank_inputs(name, encoder.main_input_name, encoder.config, 1, 1)  # is known
     return (draw_speech if hears else draw_text)(plan.checkpoint, options, code)
 
 

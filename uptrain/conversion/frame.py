@@ -38,7 +38,7 @@ class Frame:
         """Take a model whose parts outside the layers are filled.
 
         Args:
-            name: Of the checkpoint.
+            name: Of the checkpoint and its family, for messages.
             model: The model.
             layers: Its layers, empty.
             half: `ENCODER` or `DECODER` if they are one of two lists.

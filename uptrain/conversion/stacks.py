@@ -39,10 +39,10 @@ def find_stacks(
         UnsupportedFamilyError: If plain text does not make what the layers are given, if the blocks are
             in no list of layers, in several of one half, shared by layers, or as `find_attention`.
     """
+    name = f"{checkpoint.name}: {checkpoint.config['model_type']}"
     if unread := registry.family_of(checkpoint.config, code).unread:
         raise UnsupportedFamilyError(
-            f"{checkpoint.name}: {checkpoint.config['model_type']} {unread}, so its layers cannot be run one by "
-            "one on text; use --method mean without --calibration"
+            f"{name} {unread}, so its layers cannot be run one by one on text; use --method mean without --calibration"
         )
     model = meta.build_on_meta(checkpoint.config, code)
     in_memory = meta.names_in_memory(model, checkpoint.tensors)
@@ -52,12 +52,12 @@ def find_stacks(
         members = tuple(in_memory.get(member, "") for member in stored.members)
         computed = {in_memory.get(disk, ""): replace(stored, members=members)}
         if disk in otherwise:
-            computed = _separate(checkpoint.name, model, stored)
-        for name, tensor in computed.items():
-            match = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", name)
+            computed = _separate(name, model, stored)
+        for full, tensor in computed.items():
+            match = re.fullmatch(r"(.*?)\.(\d+)\.(.*)", full)
             if match is None:
                 raise UnsupportedFamilyError(
-                    f"{checkpoint.name}: tensor {disk} is in no list of layers; use --method mean without "
+                    f"{name}: tensor {disk} is in no list of layers; use --method mean without "
                     "--calibration"
                 )
             prefix = f"{match[1]}.{match[2]}."
@@ -66,7 +66,7 @@ def find_stacks(
             tensors[match[3]] = replace(tensor, members=members)
     if len(found) > 1 and not found.keys() <= set(halves(model).values()):
         raise UnsupportedFamilyError(
-            f"{checkpoint.name}: KV heads are in {len(found)} stacks of layers ({', '.join(sorted(found))}), "
+            f"{name}: KV heads are in {len(found)} stacks of layers ({', '.join(sorted(found))}), "
             "which calibration does not cover yet; use --method mean without --calibration"
         )
     reads_tokens = not halves(model) or any(
@@ -74,7 +74,7 @@ def find_stacks(
     )
     if not reads_tokens:
         raise UnsupportedFamilyError(
-            f"{checkpoint.name}: its decoder reads something else than a row of tokens, which is not covered yet; "
+            f"{name}: its decoder reads something else than a row of tokens, which is not covered yet; "
             "use --method mean without --calibration"
         )
     order = [*halves(model).values(), *found]
@@ -86,10 +86,8 @@ def find_stacks(
             try:
                 stacks[stack][index] = find_attention({n: t.shape for n, t in state.items()}, layer)
             except UnsupportedFamilyError as error:
-                raise UnsupportedFamilyError(
-                    f"{checkpoint.name}: layer {index}: {error}"
-                ) from error
-        _check_keys(checkpoint.name, model.get_submodule(stack), stacks[stack])
+                raise UnsupportedFamilyError(f"{name}: layer {index}: {error}") from error
+        _check_keys(name, model.get_submodule(stack), stacks[stack])
     return stacks
 
 

@@ -75,7 +75,7 @@ class LayerStream:
         self._model.tie_weights()
         self._model.requires_grad_(False)
         self._frame: Frame = Frame(
-            checkpoint.name,
+            f"{checkpoint.name}: {config['model_type']}",
             self._model,
             self._layers,
             self.half,
