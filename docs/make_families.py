@@ -23,7 +23,7 @@ from uptrain.families.runtimes import runtimes
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from family_list import COUNTS, FAMILIES, IN_4  # noqa: E402
+from family_list import COUNTS, FAMILIES, IN_4, UNHEARD  # noqa: E402
 from tiny import save, tiny_config, tiny_model  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
@@ -63,9 +63,10 @@ transformers, exchanged groups do not, and no key is missing, unexpected or of a
 
 * **key**: what changes in `config.json`. Encoders keep nothing in a cache and change only with `--encoder`.
 * **layout**: how the heads lie in the tensors that follow it (`uptrain/families/schema.py`).
-* **methods**: *pooling* is mean, first and random, without calibration; *all* adds align, factorize and
-  calibration. Behind it is what may be done to the basis of a value and of a key head, found by probing the
-  attention of a tiny model (`docs/methods.md`).
+* **methods**: *pooling* is mean, first and random, without calibration, for the reasons below the table; *no text*
+  adds align and factorize, *all* calibration as well. Families that also see or hear are calibrated on plain text,
+  as far as it reaches their layers. Behind the methods is what may be done to the basis of a value and of a key
+  head, found by probing the attention of a tiny model (`docs/methods.md`).
 * **known to be MHA**: from memory of their configs; compare `num_key_value_heads` before you rely on it.
 * **runtimes**: those whose own code for the family accepts the result, as read in the source of vLLM (0002bff,
   ee92a6f, 4652ef5, 4ae0583, 4819ff7, 7477b4f, ccf9c9b, 52e9d6f), of llama.cpp (as in llama-cpp-python 0.3.36) and
@@ -91,12 +92,15 @@ def main() -> None:
 
 def page() -> str:
     """Make the whole page."""
-    rows = [row(name) for name in sorted(FAMILIES)]
-    return HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in rows) + rewritten()
+    made = {name: row(name) for name in sorted(FAMILIES)}
+    table = "".join(f"| {' | '.join(cells)} |\n" for cells, _ in made.values())
+    reasons = {cells[0]: reason for cells, reason in made.values() if reason}
+    left = "".join(f"* {family}: {reason}\n" for family, reason in reasons.items())
+    return HEAD + table + f"\n## Pooling only\n\n{left}" + rewritten()
 
 
-def row(name: str) -> list[str]:
-    """Make one family's cells, by building it."""
+def row(name: str) -> tuple[list[str], str]:
+    """Make one family's cells, by building it, and say why only pooling is possible, if so."""
     family, key, known, runs = described(name)
     model_type, count = name.partition(":")[0], COUNTS.get(name, [2])[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -110,15 +114,18 @@ def row(name: str) -> list[str]:
             made = uptrain.convert(
                 source, Path(folder) / "t", count, method="align", architecture="keep"
             )
-        except UnsupportedFamilyError:
+        except UnsupportedFamilyError as error:
             methods = "pooling"
+            reason = str(error).removeprefix("source: ").partition(";")[0]
+            reason = reason.partition(", so ")[0].removeprefix(model_type).lstrip(": ")
         else:
+            reason = ""
             layers = [layer for layer in made["layers"] if layer["freedom"]]
             blocks = [block for layer in layers for block in layer["blocks"].values() or [layer]]
             freedoms = [block["freedom"] for block in blocks]
             bases = {f"value {f['value']}, key {f['key']}" for f in freedoms}
-            methods = f"all: {'; '.join(sorted(bases))}"
-    return [family, key, layouts, methods, known, runs]
+            methods = f"{'no text' if name in UNHEARD else 'all'}: {'; '.join(sorted(bases))}"
+    return [family, key, layouts, methods, known, runs], reason
 
 
 def described(name: str) -> tuple[str, str, str, str]:

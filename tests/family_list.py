@@ -384,6 +384,24 @@ COUNTS = {
 FLOAT32_INSIDE = {"flex_olmo", "minimax_m2", "olmo2", "olmo3", "olmo_hybrid", "olmoe"}
 FLOAT32_ONLY = {"inkling2_text"}  # its router multiplies float32 by the model's dtype
 
+# Whose encoders take what is not known here: only the decoder is converted, and not calibrated.
+UNHEARD = ["canary", "cohere_asr"]
+# Whose layers cannot be run one by one on plain text, and what is said: only pooling is possible.
+_EARLIER_KEYS = "_text: layer 2 reads the keys and values of an earlier layer"
+POOLED_ONLY = {
+    "blt": "blt cuts bytes into patches",
+    "csm": "csm speaks in audio codes by two models",
+    "dia": "dia speaks in several rows of audio codes",
+    "dia:different": "dia speaks in several rows of audio codes",
+    "diffusion_gemma": "diffusion_gemma runs each layer twice",
+    "gemma3n_text": "gemma3n_text: its layers pass on 4 streams of hidden states",
+    "gemma3n_text:shared": _EARLIER_KEYS,
+    "gemma4_text:shared": _EARLIER_KEYS,
+    "inkling2_text": "inkling2_text: what lies behind its layers is given more of the text than hidden states",
+    "kyutai_speech_to_text": "kyutai_speech_to_text reads audio codes beside each token",
+    "voxtral_realtime": "voxtral_realtime adds what it hears to each token",
+}
+
 # What models are run on, in their dtype or as token ids, where it is not just text.
 INPUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "canary": {"input_features": (1, 64, 16), "decoder_input_ids": (1, 10)},

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from family_list import TEXT as FAMILIES
+from family_list import FAMILIES
 from tiny import save, tiny_config, tiny_model
 
 import uptrain
@@ -351,9 +351,12 @@ def test_the_best_known_choices_are_the_default() -> None:
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        # Seen by the names of the tensors; by running a layer.
-        ("moshi", "source: layer 0: its KV heads are in self_attn.k_proj, self_attn.v_proj, "),
-        ("gemma3n_text", "source: its layers are given more of the text than hidden states, "),
+        # Known; seen by running a layer.
+        ("blt", "source: blt cuts bytes into patches and joins six lists of layers as it goes, "),
+        (
+            "gemma3n_text",
+            "source: gemma3n_text: its layers pass on 4 streams of hidden states, expected one, ",
+        ),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_list import FAMILIES
+from family_list import FAMILIES, POOLED_ONLY, UNHEARD
 from test_carried import ENCODER_DECODERS, MODELS, inputs, load, logits, make_source, text
 from test_families import logits as native_logits
 from test_families import make_heads_equal
@@ -191,20 +191,30 @@ def test_a_family_with_kv_heads_of_its_own_merges_without_a_trace(tmp_path: Path
         assert [block["freedom"]["key"] for block in layer["blocks"].values()] == ["scaled", "full"]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "message"),
-    [
-        ("canary", "its encoder takes input_features in a form that is not known here"),
-        ("dia", "its decoder reads something else than a row of tokens"),
-        ("mllama", "text alone does not reach all its layers"),
-    ],
-)
-def test_what_cannot_be_run_layer_by_layer_is_refused(
-    model_type: str, message: str, tmp_path: Path
+@pytest.mark.parametrize("model_type", UNHEARD)
+def test_an_encoder_that_cannot_be_run_leaves_its_decoder_free(
+    model_type: str, tmp_path: Path
 ) -> None:
-    model = tiny_model(tiny_config(model_type, **FAMILIES[model_type]))
-    source = save(model, tmp_path / "source")
-    with pytest.raises(UnsupportedFamilyError, match=f"{message}.*use --method mean"):
+    source = save(tiny_model(tiny_config(model_type, **FAMILIES[model_type])), tmp_path / "source")
+    make_heads_equal(source, json.loads((source / "config.json").read_text()), 2)
+    report = uptrain.convert(source, tmp_path / "target", 2, method="factorize")
+    found, reference = native_logits(tmp_path / "target"), native_logits(source)
+    assert (found - reference).abs().max() <= ROUNDING * reference.abs().max()
+    assert {
+        block["freedom"]["key"] for each in report["layers"] for block in each["blocks"].values()
+    } == {"full"}
+    message = f"source: {model_type}: its encoder, parakeet_encoder, takes input_features in a form"
+    for options in ({"calibration": TEXT}, {"method": "factorize", "encoder": True}):
+        with pytest.raises(
+            UnsupportedFamilyError, match=f"{message}.*decoder without --calibration"
+        ):
+            uptrain.convert(source, tmp_path / "other", 2, **options)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_decoder_of_audio_codes_is_refused(tmp_path: Path) -> None:
+    source = save(tiny_model(tiny_config("dia", **FAMILIES["dia"])), tmp_path / "source")
+    with pytest.raises(UnsupportedFamilyError, match=f"{POOLED_ONLY['dia']}.*use --method mean"):
         uptrain.convert(source, tmp_path / "target", 2, method="factorize")
     assert not (tmp_path / "target").exists()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_list import COUNTS
+from family_list import COUNTS, POOLED_ONLY
 from family_list import TEXT as FAMILIES
 from test_families import logits, make_heads_equal
 from tiny import save, tiny_config, tiny_model
@@ -49,6 +49,7 @@ ROWS: dict[str, Row] = {
             "ministral",
             "ministral3",
             "mistral",
+            "moshi",
             "mixtral",
             "olmo",
             "phi3",
@@ -112,15 +113,11 @@ ROWS: dict[str, Row] = {
         ["qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"], ("fixed", "signed", 4, False, True)
     ),
     # Norms on queries, keys and, without gains, on values.
-    "gemma4_unified_text": ("fixed", "signed", 16, False, True),
+    **dict.fromkeys(["gemma4_text", "gemma4_unified_text"], ("turned", "signed", 16, False, True)),
+    # Convolutions by channel behind keys and values.
+    "inkling_text": ("fixed", "signed", 16, False, False),
     # A norm in front of the output projection, values shared by pairs of heads.
     **dict.fromkeys(["bitnet", "diffllama"], ("fixed", "scaled", 16, False, False)),
-}
-MORE_THAN_STATES = "its layers are given more of the text than hidden states"
-REFUSED = {
-    "inkling_text": r"source: layer 0: its KV heads are in self_attn, self_attn\.k_sconv",
-    "moshi": r"source: layer 0: its KV heads are in self_attn\.k_proj, self_attn\.v_proj",
-    **dict.fromkeys(["gemma3n_text", "gemma4_text"], MORE_THAN_STATES),
 }
 
 
@@ -140,9 +137,9 @@ def test_every_family_allows_what_its_code_says(model_type: str, tmp_path: Path)
     model = tiny_model(tiny_config(model_type, **FAMILIES[model_type]))
     source, target = save(model, tmp_path / "source"), tmp_path / "target"
     count = COUNTS.get(model_type, [2])[0]
-    if model_type in REFUSED:
+    if model_type in POOLED_ONLY:
         with pytest.raises(
-            UnsupportedFamilyError, match=f"{REFUSED[model_type]}.*use --method mean"
+            UnsupportedFamilyError, match=f"{POOLED_ONLY[model_type]}.*use --method mean"
         ):
             uptrain.convert(source, target, count, method="factorize")
         return

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from family_list import TEXT as FAMILIES
+from family_list import FAMILIES
+from test_families import logits
 from tiny import save, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM
 
 import uptrain
 from uptrain.checkpoint.reader import open_checkpoint
@@ -38,13 +38,13 @@ class Kind:
 
     model_type: str
     key: str
-    """What each K head may be changed by: `full`, `scaled`, `turned` or `signed`."""
+    """What each K head may be changed by: `full`, `scaled`, `turned`, `signed` or `fixed`."""
     rotary: int
-    """Leading channels that are rotated."""
+    """Leading channels that are rotated; 0 for none, or where nothing may be done to pairs of them."""
     interleaved: bool = False
     overrides: dict[str, Any] | None = None
-    value: bool = True
-    """Whether V may be changed."""
+    value: str = "full"
+    """What V may be changed by: `full`, `turned` or `fixed`; where V is K, what goes for K."""
     reorder: bool = True
     count: int = 2
     shift: bool = False
@@ -55,6 +55,7 @@ class Kind:
 
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 128}
 BIASES = {"attention_bias": True}
+TIED = {"global_head_dim": 16, "num_global_key_value_heads": 4}
 UNCLIPPED = {"attn_config": {"kv_n_heads": 4, "rope_theta": 10000.0, "clip_qkv": 99.0}}
 KINDS = {
     "llama": Kind("llama", "scaled", 16),
@@ -81,9 +82,29 @@ KINDS = {
     "qwen3, norms of equal gains": Kind("qwen3", "turned", 16, equal_gains=True),
     "llama4_text, norms without gains": Kind("llama4_text", "turned", 16, interleaved=True),
     "olmo2, norms of all heads": Kind("olmo2", "signed", 16, reorder=False),
-    "qwen3_next, gates, hybrid": Kind("qwen3_next", "signed", 4, value=False),
-    "afmoe, gates": Kind("afmoe", "signed", 16, value=False, reorder=False),
-    "bitnet, norm on the output": Kind("bitnet", "scaled", 16, value=False, reorder=False),
+    "qwen3_next, gates, hybrid": Kind("qwen3_next", "signed", 4, value="fixed"),
+    "afmoe, gates": Kind("afmoe", "signed", 16, value="fixed", reorder=False),
+    "bitnet, norm on the output": Kind("bitnet", "scaled", 16, value="fixed", reorder=False),
+    "gemma4_text, norm on V, inputs by layer": Kind("gemma4_text", "signed", 16, value="turned"),
+    "gemma4_text, keys are values": Kind(
+        "gemma4_text:keys-are-values", "signed", 16, value="turned", overrides=TIED
+    ),
+    "gemma4_text, keys are values, equal gains": Kind(
+        "gemma4_text:keys-are-values",
+        "turned",
+        16,
+        value="turned",
+        overrides=TIED,
+        equal_gains=True,
+    ),
+    "stablelm, norms of each head": Kind("stablelm:norms", "fixed", 0, reorder=False),
+    "inkling_text, convolutions": Kind("inkling_text", "signed", 16, value="fixed", reorder=False),
+    "doge, values choose": Kind("doge", "signed", 16, value="fixed", reorder=False),
+    "qwen4_exp_text, several streams": Kind("qwen4_exp_text", "signed", 16, value="fixed"),
+    "moshi, wrapped projections": Kind("moshi", "scaled", 16),
+    "zamba, a shared block": Kind("zamba", "full", 0),
+    "zamba2, a shared block": Kind("zamba2", "full", 0),
+    "molmo2, split while loading": Kind("molmo2", "signed", 16),
     "phi3, fused": Kind("phi3", "scaled", 16),
     "falcon, fused by groups": Kind("falcon", "scaled", 16),
     "dbrx, fused, mixture of experts": Kind("dbrx", "scaled", 16, overrides=UNCLIPPED),
@@ -136,7 +157,11 @@ def changed(parts: AttentionHeads, kind: Kind, rigid: bool, seed: int) -> Attent
         parts.key[:, kind.rotary :, -1] += torch.randn(
             heads, size - kind.rotary, generator=generator, dtype=torch.float64
         )
-    if kind.value:
+    if parts.tied:
+        output = torch.einsum("kqhd,kde->kqhe", parts.output, torch.linalg.inv(made))
+        parts = replace(parts, value=parts.key, output=output)
+    elif kind.value != "fixed":
+        rigid = rigid or kind.value == "turned"
         made = (turns if rigid else any_maps)(heads, parts.value.shape[1], generator)
         output = torch.einsum("kqhd,kde->kqhe", parts.output, torch.linalg.inv(made))
         parts = replace(parts, value=made @ parts.value, output=output)
@@ -148,7 +173,7 @@ def attention_layers(folder: Path, count: int) -> Iterator[tuple[str, Any, Any]]
     plan = plan_conversion(open_checkpoint(folder), count)
     for stack, blocks in find_stacks(plan.checkpoint, plan.head_tensors, None).items():
         for index, (names,) in blocks.items():
-            yield f"{stack}.{index}.", names, plan.heads
+            yield f"{stack}.{index}.", names, names.heads
 
 
 def build(
@@ -156,7 +181,10 @@ def build(
 ) -> tuple[Path, Path]:
     """Save a checkpoint with heads equal within groups, and one with their bases changed."""
     model = tiny_model(
-        tiny_config(kind.model_type, **FAMILIES[kind.model_type] | (kind.overrides or {}))
+        tiny_config(
+            kind.model_type.partition(":")[0],
+            **FAMILIES[kind.model_type] | (kind.overrides or {}),
+        )
     )
     plain, other = folder / "plain", folder / "changed"
     save(model, plain)
@@ -174,26 +202,19 @@ def build(
             made = made.reordered(torch.arange(4).view(2, 2).T.flatten())
         for target, content in ((state, parts), (after, made)):
             target |= {prefix + n: t for n, t in write_heads(content, names).items()}
+        for tensor in names.beside.values():
+            whole = torch.cat([layer[member] for member in tensor.members])
+            parted = whole.unflatten(0, (tensor.heads.num_key_value_heads, -1))
+            equal = parted[first if len(tensor.members) == 1 else torch.zeros_like(first[:size])]
+            pieces = equal.flatten(0, 1).chunk(len(tensor.members))
+            state |= {prefix + n: t for n, t in zip(tensor.members, pieces, strict=True)}
         for name, tensor in layer.items():
-            if name in names.layouts and not names.is_projection(name):
-                whole = tensor.unflatten(0, (heads.num_key_value_heads, -1))[first]
-                state[prefix + name] = whole.flatten(0, 1)
-            if kind.equal_gains and name.split(".")[-2] in ("q_norm", "k_norm"):
+            if kind.equal_gains and name.endswith(("q_norm.weight", "k_norm.weight")):
                 state[prefix + name] = torch.full_like(tensor, 1.25)
     model.load_state_dict(state)
     save(model, plain)
     model.load_state_dict(state | after)
     return plain, save(model, other)
-
-
-def logits(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    )
-    ids = torch.randint(1, 100, (2, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
-    return found
 
 
 def distance(found: torch.Tensor, reference: torch.Tensor) -> float:

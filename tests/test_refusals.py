@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from family_list import FAMILIES
+from family_list import FAMILIES, POOLED_ONLY
 from tiny import save, tiny_config, tiny_model
 
 from uptrain.cli import main
@@ -31,10 +31,10 @@ CASES: dict[str, tuple[str, dict[str, Any] | None, str, str]] = {
         "zamba2", {**FAMILIES["zamba2"], "use_shared_attention_adapter": True}, "mean",
         "its shared attention has adapters for each place",
     ),
-    "moshi": ("moshi", FAMILIES["moshi"], "align", "its KV heads are in self_attn.k_proj, self_attn.v_"),
-    "inkling": (
-        "inkling_text", FAMILIES["inkling_text"], "align", "its KV heads are in self_attn, self_attn.k_sc",
-    ),
+    **{
+        name: (name, FAMILIES[name], "align", POOLED_ONLY[name].replace("\\", ""))
+        for name in ("blt", "csm", "diffusion_gemma", "gemma3n_text", "kyutai_speech_to_text", "voxtral_realtime")
+    },
 }  # fmt: skip
 
 

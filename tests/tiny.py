@@ -1,10 +1,12 @@
 """Tiny random checkpoints of every family, built in memory by stock transformers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING
 
 H, D, LAYERS, VOCAB = 4, 16, 2, 128
@@ -134,4 +136,17 @@ def model_class(config: Any) -> Any:
 def save(model: Any, folder: Path) -> Path:
     """Save as a user would have it."""
     model.save_pretrained(folder)
+    return folder
+
+
+def give_tokenizer(folder: Path) -> Path:
+    """Put a tokenizer of printable characters beside a checkpoint, none of them a special token."""
+    vocabulary = {f"<{index}>": index for index in range(20)}
+    vocabulary |= {chr(code): code - 12 for code in range(32, 123)}
+    model = models.WordLevel(vocabulary, unk_token="<19>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<19>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

@@ -621,14 +621,14 @@ def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
         heading + "".join(f"{step:>12}" for step in steps) + ("   relative error" * bool(steps))
     )
     for layer in layers:
-        lost = layer["discarded_energy"]
-        if not lost:
+        lost, error = layer["discarded_energy"], layer["error"]
+        if not lost and not error:
             click.echo(f"  {layer['layer']:>5}   no attention")
             continue
-        row = f"  {layer['layer']:>5}   {lost['value']:>11.1%}   {lost['key']:>11.1%}"
-        click.echo(
-            row + "".join(f"{layer['error'].get(step, float('nan')):>12.4f}" for step in steps)
-        )
+        parts = [f"{lost[part]:.1%}" if lost else "–" for part in ("value", "key")]
+        left = [f"{error[step]:.4f}" if step in error else "–" for step in steps]
+        row = "".join(f"   {part:>11}" for part in parts) + "".join(f"{e:>12}" for e in left)
+        click.echo(f"  {layer['layer']:>5}{row}")
 
 
 def _print_report(content: dict[str, Any], written: Sequence[tuple[str, str]]) -> None:

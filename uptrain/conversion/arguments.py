@@ -18,7 +18,7 @@ class Arguments:
     """For hidden states of one shape."""
 
     by_layer: list[dict[str, Any]]
-    """`args` and `kwargs`."""
+    """`args` and `kwargs`; nothing for a layer that the model left out."""
     encoded: torch.Tensor | None
     """What stands among them for the encoder's output."""
 
@@ -32,32 +32,21 @@ class Arguments:
         return found
 
 
-def check_independent(name: str, one: Arguments, other: Arguments) -> None:
-    """Refuse layers that are given something else than the hidden states for another text.
-
-    Args:
-        name: Of the checkpoint.
-        one: For some text.
-        other: For another, and another output of the encoder.
-
-    Raises:
-        UnsupportedFamilyError: If they differ.
-    """
+def differ(one: Arguments, other: Arguments) -> bool:
+    """Say whether layers were called with different tensors, an encoder's output apart."""
     for index in range(len(one.by_layer)):
         leaves = tree_leaves(one.of(index, None)), tree_leaves(other.of(index, None))
         pairs = zip(*leaves, strict=True)
         if any(isinstance(a, torch.Tensor) and not torch.equal(a, b) for a, b in pairs):
-            raise UnsupportedFamilyError(
-                f"{name}: its layers are given more of the text than hidden states, so they "
-                "cannot be run one by one; use --method mean without --calibration"
-            )
+            return True
+    return False
 
 
 def blank_inputs(name: str, entry: str, config: Any, batch: int, length: int) -> torch.Tensor:
     """Make inputs of which only the shape counts.
 
     Args:
-        name: Of the checkpoint.
+        name: Of the checkpoint and its family, for messages.
         entry: What the model takes: `input_ids`, `input_features`, …
         config: The model's, or its encoder's.
         batch: Sequences.
@@ -73,10 +62,16 @@ def blank_inputs(name: str, entry: str, config: Any, batch: int, length: int) ->
         # Neither it nor its successor is padding, which some models would mask by themselves.
         token = 0 if getattr(config, "pad_token_id", None) not in (0, 1) else 2
         return torch.full((batch, length), token)
-    if entry != "input_features" or not hasattr(config, "max_source_positions"):
+    if not is_known(entry, config):
         raise UnsupportedFamilyError(
-            f"{name}: its encoder takes {entry} in a form that is not known here, expected text or "
-            "Whisper's spectra; use --method mean without --calibration"
+            f"{name}: its encoder, {config.model_type}, takes {entry} in a form that is not known here, expected "
+            "text or Whisper's spectra; convert its decoder without --calibration, say by --method factorize"
         )
     # Of two convolutions the second halves the frames.
     return torch.zeros(batch, config.num_mel_bins, 2 * config.max_source_positions)
+
+
+def is_known(entry: str, config: Any) -> bool:
+    """Say whether `blank_inputs` can make what a model takes."""
+    hears = entry == "input_features" and hasattr(config, "max_source_positions")
+    return entry == "input_ids" or hears

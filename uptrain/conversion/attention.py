@@ -1,7 +1,6 @@
 """One attention block's weights as heads, whatever their names, layout and biases."""
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,9 +14,10 @@ from uptrain.families.schema import Heads, HeadTensor, Layout
 # Queries, keys and values; what stands behind them in the same module, or beside it in BERT's.
 _SEPARATE = (
     ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("self.query", "self.key", "self.value"),
+    ("q_proj.linear", "k_proj.linear", "v_proj.linear"),
 )  # fmt: skip
-_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "o", "output.dense")
-_PROJECTION = re.compile(r"(.*?)\.((?:self\.)?[^.]+)\.weight")
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj", "o", "output.dense", "o_proj.linear")
+_FUSED = (Layout.CONCATENATED, Layout.GROUPED, Layout.COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,15 @@ class AttentionNames:
     """Module of the queries; of all three where they are fused."""
     key: str
     value: str
+    """That of the keys, where one projection makes both (gemma4)."""
     output: str
     biased: frozenset[str]
     """Those of the queries, keys and values that have a bias; whisper's keys have none."""
     gated: bool
     """Whether each query head's rows are followed by as many rows of an output gate."""
-    layouts: Mapping[str, Layout]
-    """Of all tensors that follow the number of KV heads, norms among them, by name."""
+    beside: Mapping[str, HeadTensor]
+    """What else follows the number of KV heads, by name: gains of norms, convolutions behind a
+    projection. It is pooled, and the projections are free as far as it lets them be."""
     heads: Heads
     """Of the source."""
     num_key_value_heads: int
@@ -49,9 +51,18 @@ class AttentionNames:
         return bool(self.biased)
 
     @property
+    def tied(self) -> bool:
+        """Whether keys and values are made by one projection."""
+        return self.layout is Layout.SEPARATE and self.key == self.value
+
+    @property
     def transposed(self) -> bool:
         """Whether the weights lie `[inputs, outputs]`, as in gpt2."""
         return self.layout is Layout.COLUMNS
+
+    def is_among(self, names: Collection[str]) -> bool:
+        """Say whether the block's keys are among tensors named within the layer."""
+        return f"{self.module}.{self.key}.weight" in names
 
     def is_projection(self, name: str) -> bool:
         """Say whether a tensor, by its name within the layer, is of queries, keys, values or output."""
@@ -76,6 +87,8 @@ class AttentionHeads:
     """[K, H / K, hidden_size, value_dim]."""
     gate: torch.Tensor | None
     """[K, H / K, head_dim, inputs]: rows of an output gate that go with each query head."""
+    tied: bool = False
+    """Whether `value` is `key`: one projection makes both, so that they change together."""
 
     def reordered(self, order: torch.Tensor) -> "AttentionHeads":
         """Put the KV heads, each with its query heads, in another order."""
@@ -88,11 +101,6 @@ class AttentionHeads:
             output=self.output[order],
             gate=gate,
         )
-
-
-def is_norm(name: str) -> bool:
-    """Say whether a tensor belongs to a norm, by its name within the layer."""
-    return "norm" in name.split(".")[-2]
 
 
 def find_attention(
@@ -109,34 +117,38 @@ def find_attention(
         the encoder.
 
     Raises:
-        UnsupportedFamilyError: If a part cannot be told, or anything but projections and norms
-            follows the number of KV heads, so that only pooling is possible.
+        UnsupportedFamilyError: If a part cannot be told, so that only pooling is possible.
     """
     leaves: dict[str, list[str]] = {}
-    for name in tensors:
-        match = _PROJECTION.fullmatch(name)
-        if name in head_tensors and match is not None and not is_norm(name):
-            leaves.setdefault(match[1], []).append(match[2])
-    pairs = [sorted(each[1:]) for each in _SEPARATE]
-    if len(leaves) != 1 and not all(sorted(found) in pairs for found in leaves.values()):
-        raise UnsupportedFamilyError(
-            f"its KV heads are in {', '.join(sorted(leaves))}, expected plain key and value projections side "
-            "by side; use --method mean without --calibration"
-        )
-    blocks = tuple(
-        _find_block(module, sorted(found), tensors, head_tensors)
-        for module, found in leaves.items()
-    )
+    for name in (name for name in tensors if name in head_tensors):
+        if found := _projection(name, head_tensors[name].layout):
+            leaves.setdefault(found[0], []).append(found[1])
+    blocks = [_find_block(module, found, tensors, head_tensors) for module, found in leaves.items()]
     for name, tensor in head_tensors.items():
-        is_gain = is_norm(name) and tensor.layout is Layout.SEPARATE
-        if not any(
-            block.is_projection(name) or (is_gain and name in block.layouts) for block in blocks
-        ):
+        if any(block.is_projection(name) for block in blocks):
+            continue
+        owners = [n for n, b in enumerate(blocks) if name.startswith(f"{b.module}.")]
+        if len(owners) != 1:
             raise UnsupportedFamilyError(
-                f"its tensor {name} follows the number of KV heads beside the projections; "
-                "use --method mean without --calibration"
+                f"its tensor {name} follows the number of KV heads, expected keys and values as rows of "
+                f"{', '.join(key for _, key, _ in _SEPARATE)} or in one with the queries; use --method mean "
+                "without --calibration"
             )
-    return blocks
+        block = blocks[owners[0]]
+        blocks[owners[0]] = replace(block, beside={**block.beside, name: tensor})
+    return tuple(blocks)
+
+
+def _projection(name: str, layout: Layout) -> tuple[str, str] | None:
+    """Split the name of a projection's weight in its block's and its own within; None for others."""
+    path, _, kind = name.rpartition(".")
+    if kind != "weight":
+        return None
+    if layout in _FUSED:
+        module, _, leaf = path.rpartition(".")
+        return module, leaf
+    known = [leaf for _, *pair in _SEPARATE for leaf in pair if path.endswith(f".{leaf}")]
+    return (path.removesuffix(f".{known[0]}"), known[0]) if known else None
 
 
 def _find_block(
@@ -146,18 +158,20 @@ def _find_block(
     head_tensors: Mapping[str, HeadTensor],
 ) -> AttentionNames:
     """Find the parts of the block `module`, of which `leaves` have KV heads."""
-    own = {name: t for name, t in head_tensors.items() if name.startswith(f"{module}.")}
     found = head_tensors[f"{module}.{leaves[0]}.weight"]
     layout, heads = found.layout, found.heads
     separate = [
         each
         for each in _SEPARATE
-        if leaves == sorted(each[1:]) and f"{module}.{each[0]}.weight" in tensors
+        if f"{module}.{each[0]}.weight" in tensors
+        and set(leaves) == {n for n in each[1:] if f"{module}.{n}.weight" in tensors}
+        and each[1] in leaves
     ]
     if layout is not Layout.SEPARATE and len(leaves) == 1:
         query = key = value = leaves[0]
     elif separate:
         query, key, value = separate[0]
+        value = value if f"{module}.{value}.weight" in tensors else key
     else:
         raise UnsupportedFamilyError(
             f"the queries, keys and values of {module} cannot be told among {', '.join(leaves)}; "
@@ -190,7 +204,7 @@ def _find_block(
             leaf for leaf in (query, key, value) if f"{module}.{leaf}.bias" in tensors
         ),
         gated=layout is Layout.SEPARATE and rows // H == 2 * (key_rows // K),
-        layouts={name: tensor.layout for name, tensor in own.items()},
+        beside={},
         heads=heads,
         num_key_value_heads=found.num_key_value_heads,
     )
@@ -231,7 +245,7 @@ def read_heads(
         gate = gate.unflatten(0, (K, -1))
     output = _turned(state[f"{names.module}.{names.output}.weight"].double(), names)
     output = output.unflatten(1, (K, H // K, -1)).permute(1, 2, 0, 3)
-    return AttentionHeads(query.unflatten(0, (K, -1)), key, value, output, gate)
+    return AttentionHeads(query.unflatten(0, (K, -1)), key, value, output, gate, names.tied)
 
 
 def write_heads(parts: AttentionHeads, names: AttentionNames) -> dict[str, torch.Tensor]:

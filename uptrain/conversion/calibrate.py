@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from uptrain.conversion.arguments import blank_inputs
 from uptrain.conversion.finished import LayerReport, fingerprint, open_partial
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan, plan_conversion
@@ -120,6 +121,10 @@ def _draw(plan: Plan, options: Options, code: Path | None) -> Sample:
     """Draw what the model reads, or hears."""
     model = build_on_meta(plan.checkpoint.config, code)
     hears = model.config.is_encoder_decoder and model.main_input_name != "input_ids"
+    if hears:
+        encoder = model.get_encoder()
+        name = f"{plan.checkpoint.name}: {plan.checkpoint.config['model_type']}"
+        blank_inputs(name, encoder.main_input_name, encoder.config, 1, 1)  # is known
     return (draw_speech if hears else draw_text)(plan.checkpoint, options, code)
 
 

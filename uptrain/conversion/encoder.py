@@ -21,7 +21,7 @@ class Encoded:
     """[1, length, hidden_size], float32: what it may be."""
     gains: Tensor
     """[sequences, length, hidden_size], float32: the gains of its last norm with balanced signs."""
-    by_sequence: tuple[Tensor, Tensor] | None
+    by_sequence: tuple[Tensor, Tensor] | None = None
     """Of the calibration text, [sequences, length, hidden_size], in the original and in the converted
     model; one tensor if the encoder is not converted."""
 
@@ -35,7 +35,12 @@ def encode(source: LayerStream, inputs: Tensor | None, activation_bytes: int | N
         activation_bytes: As in `ResidualStreams`.
     """
     if inputs is None:
-        return encoded_by(source, source, None)
+        known = source.can_be_read
+        return (
+            encoded_by(source, source, None)
+            if known
+            else unseen(source.encoder_width, source.device)
+        )
     streams = ResidualStreams(source, source, inputs, activation_bytes)
     for index in range(len(source)):
         layer = source.layer(index)
@@ -59,11 +64,23 @@ def encoded_by(
     signs = balanced_signs(width).to(source.device)
     gains = source.encoded(signs)
     if streams is None:
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(1, _PROBE_LENGTH, width, generator=generator)
-        return Encoded(source.encoded(noise.to(source.device)), gains, None)
+        return Encoded(source.encoded(_noise(width).to(source.device)), gains)
     original = streams.map(lambda hidden, rows: source.encoded(hidden), streams.original)
     converted = original
     if target is not source:
         converted = streams.map(lambda hidden, rows: target.encoded(hidden), streams.converted)
     return Encoded(noisy(original[:1].to(source.device).float()), gains, (original, converted))
+
+
+def unseen(width: int, device: torch.device) -> Encoded:
+    """Stand for features of an image, of which a text says nothing, or for what an encoder may give.
+
+    Args:
+        width: Their number.
+        device: Where they are wanted.
+    """
+    return Encoded(_noise(width).to(device), balanced_signs(width).to(device))
+
+
+def _noise(width: int) -> Tensor:
+    return torch.randn(1, _PROBE_LENGTH, width, generator=torch.Generator().manual_seed(0))

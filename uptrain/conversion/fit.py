@@ -89,7 +89,8 @@ def fit_layer(
         with torch.no_grad():
             for name in orthogonal:
                 gradient = parameters[name].grad
-                assert gradient is not None
+                if gradient is None:  # chooses, and computes nothing itself: an indexer, say
+                    continue
                 momenta[name].lerp_(gradient, 1 - _MOMENTUM)
                 ahead = gradient.lerp(momenta[name], _MOMENTUM)  # Nesterov's
                 scale = rates[name] * factor * max(gradient.shape) ** 0.5

@@ -23,7 +23,10 @@ TOLERANCE = 1e-3
 
 
 class Basis(StrEnum):
-    """What may be done to the basis of a KV head, from the most to the least."""
+    """What may be done to the basis of a KV head, from the most to the least.
+
+    Of values, TURNED is any rotation.
+    """
 
     FULL = "full"
     """Any invertible map."""
@@ -42,7 +45,7 @@ class Freedom:
     """What one attention block allows."""
 
     value: Basis
-    """FULL or FIXED."""
+    """FULL, TURNED or FIXED; where keys are the values, `key` says what may be done to both."""
     key: Basis
     rotary_dim: int
     """Leading channels of a head that are rotated; those behind it may take any map if `key` is
@@ -86,11 +89,14 @@ def find_freedom(parts: AttentionHeads, run: Run, rotary_dims: list[int]) -> Fre
         moved, left = (made - reference).abs().max(), (undone - reference).abs().max()
         return bool(torch.isfinite(left)) and float(left) <= TOLERANCE * float(moved)
 
-    turn = _random_maps(parts.value.shape[:2], generator).to(parts.value)
-    changed = replace(parts, value=turn @ parts.value)
-    absorbed = torch.einsum("kqhd,kde->kqhe", parts.output, torch.linalg.inv(turn))
-    undone = replace(changed, output=absorbed)
-    value = Basis.FULL if allows(run(changed), run(undone)) else Basis.FIXED
+    value = Basis.FIXED
+    for basis in () if parts.tied else (Basis.TURNED, Basis.FULL):
+        maps = _random_maps(parts.value.shape[:2], generator, turns=basis is Basis.TURNED)
+        maps = maps.to(parts.value)
+        changed = replace(parts, value=maps @ parts.value)
+        if not allows(run(changed), run(_absorbed(changed, torch.linalg.inv(maps)))):
+            break
+        value = basis
 
     order = torch.arange(len(parts.key)).roll(1).to(parts.key.device)  # every head moves
     moved_kv = replace(parts, key=parts.key[order], value=parts.value[order])
@@ -109,6 +115,9 @@ def find_freedom(parts: AttentionHeads, run: Run, rotary_dims: list[int]) -> Fre
         changed = replace(parts, key=maps @ parts.key)
         # Scores are q . k: the queries take the inverse's transpose.
         undone = replace(changed, query=inverses.mT[:, None] @ parts.query)
+        if parts.tied:
+            changed = replace(changed, value=changed.key)
+            undone = _absorbed(replace(undone, value=undone.key), inverses)
         if allows(run(changed), run(undone)):
             added = torch.zeros(*parts.key.shape[:2], 2).to(parts.key)
             if basis in (Basis.FULL, Basis.SCALED) and rotary_dim < d:
@@ -120,6 +129,11 @@ def find_freedom(parts: AttentionHeads, run: Run, rotary_dims: list[int]) -> Fre
             shift = bool(added.any()) and allows(run(parts, added * signs), run(parts, added))
             return Freedom(value, basis, rotary_dim, interleaved, reorder, shift)
     return Freedom(value, Basis.FIXED, 0, False, reorder)
+
+
+def _absorbed(parts: AttentionHeads, inverses: torch.Tensor) -> AttentionHeads:
+    """Undo maps of the values [K, value_dim, value_dim] in the output projection."""
+    return replace(parts, output=torch.einsum("kqhd,kde->kqhe", parts.output, inverses))
 
 
 def noisy(hidden: torch.Tensor) -> torch.Tensor:
@@ -173,10 +187,14 @@ def _key_maps(
     return maps, torch.linalg.inv(maps)
 
 
-def _random_maps(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Draw well-conditioned maps [K, d, d]: random turns with sizes between a half and one and a half."""
+def _random_maps(
+    shape: torch.Size, generator: torch.Generator, turns: bool = False
+) -> torch.Tensor:
+    """Draw well-conditioned maps [K, d, d]: random turns, with sizes between a half and one and a half."""
     K, d = shape
     normal = torch.randn(K, d, d, generator=generator, dtype=torch.float64)
-    turns: torch.Tensor = torch.linalg.qr(normal)[0]
+    turned: torch.Tensor = torch.linalg.qr(normal)[0]
+    if turns:
+        return turned
     sizes = 0.5 + torch.rand(K, 1, d, generator=generator, dtype=torch.float64)
-    return turns * sizes
+    return turned * sizes

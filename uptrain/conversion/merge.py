@@ -11,9 +11,10 @@ from uptrain.conversion import align, energy, factorize
 from uptrain.conversion.attention import AttentionHeads, AttentionNames
 from uptrain.conversion.freedom import Basis, Freedom
 from uptrain.conversion.grouping import Groups, contiguous, search
+from uptrain.conversion.pooling import pool_tensor
 from uptrain.conversion.rotary import complex_pairs
 from uptrain.families.layouts import split_heads
-from uptrain.families.schema import Heads
+from uptrain.families.schema import Layout
 
 # From so many heads on, pairs of heads stand for groups while the search swaps them.
 _PAIRWISE_FROM = 16
@@ -100,29 +101,31 @@ def merge_heads(
     )
 
 
-def merge_norms(
-    state: Mapping[str, Tensor],
-    names: AttentionNames,
-    heads: Heads,
-    groups: Sequence[Sequence[int]],
+def merge_beside(
+    state: Mapping[str, Tensor], names: AttentionNames, groups: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Average the gains of norms over all KV heads (olmo2, cohere) within each group.
+    """Pool what follows the number of KV heads beside the projections, within each group.
+
+    Gains of norms over all KV heads (olmo2, cohere) or of each (stablelm), convolutions (inkling). Heads
+    that any of it tells apart keep their places, as the probe finds, so groups are then of neighbours.
 
     Args:
         state: The layer's tensors by name within the layer.
         names: From `find_attention`.
-        heads: The head counts of these tensors.
         groups: Source KV heads of each target head.
 
     Returns:
         float64 tensors by name within the layer.
     """
     merged = {}
-    for name, layout in names.layouts.items():
-        if names.is_projection(name):
-            continue
-        (gains,) = split_heads(state[name].double(), layout, heads)[1]
-        merged[name] = torch.stack([gains[list(group)].mean(0) for group in groups]).flatten(0, 1)
+    for name, tensor in names.beside.items():
+        whole = torch.cat([state[member].double() for member in tensor.members])
+        if tensor.layout is Layout.SEPARATE:
+            (heads,) = split_heads(whole, tensor.layout, tensor.heads)[1]
+            pooled = torch.stack([heads[list(group)].mean(0) for group in groups])
+            merged[name] = pooled.flatten(0, 1)
+        else:
+            merged[name] = pool_tensor(whole, tensor, "mean")
     return merged
 
 
@@ -204,16 +207,32 @@ def _merge_group(
         return replace(parts, key=parts.key[:1], value=parts.value[:1])
     if method == "mean" or freedom.value is Basis.FIXED:
         value, output = parts.value.mean(0), parts.output
-    elif method == "factorize":
+    elif method == "factorize" and freedom.value is Basis.FULL:
         value, output, *_ = factorize.factorize_value_output(
             parts.value, parts.output, moments.key, seed=seed
         )
     else:
         value, output, _ = align.align_value_output(parts.value, parts.output, moments.key)
     key, query = parts.key.mean(0), parts.query
-    if method != "mean":
+    if method != "mean" and parts.tied:
+        key, query, output = _merge_tied(parts, freedom, moments)
+        value = key
+    elif method != "mean":
         key, query = _merge_keys(parts, freedom, moments, method, seed)
     return replace(parts, key=key[None], query=query, value=value[None], output=output)
+
+
+def _merge_tied(
+    parts: AttentionHeads, freedom: Freedom, moments: _Moments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Share one head that is key and value, as `_merge_keys`; the output slices come last.
+
+    What turns a key turns the value, so its output slices are turned as its queries are.
+    """
+    inputs = parts.query.shape[-1]
+    both = replace(parts, query=torch.cat([parts.query, parts.output.mT], dim=-1))
+    key, turned = _merge_keys(both, freedom, moments, "align", seed=0)
+    return key, turned[..., :inputs], turned[..., inputs:].mT
 
 
 def _merge_keys(
@@ -263,7 +282,7 @@ def _moments(
 
 def _value_grams(parts: AttentionHeads, freedom: Freedom, moment: Tensor) -> list[Tensor]:
     """Inner products from which a group's loss of value-output energy follows."""
-    if freedom.value is Basis.FIXED:
+    if (freedom.key if parts.tied else freedom.value) is Basis.FIXED:
         return [energy.mean_gram(parts.value, moment)]
     return [energy.value_output_gram(parts.value, parts.output, moment)]
 

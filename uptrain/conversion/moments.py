@@ -1,6 +1,7 @@
 """Second moments of what enters an attention block, from text or from the gains of its norm."""
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from uptrain.conversion.attention import AttentionNames
 from uptrain.conversion.fit import Rows, Run
-from uptrain.conversion.partway import run_attention
+from uptrain.conversion.partway import reach_attention
 
 _SIGN_ROWS, _SIGN_LENGTH = 32, 16
 
@@ -46,24 +47,26 @@ def input_moments(
         batches: What enters the layer, each [sequences, length, hidden_size], and which sequences of
             the text these are.
     """
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def keep(leaf: str) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[leaf] = args[0]
+            seen.setdefault(leaf, []).append(args[0])
 
         projection = layer.get_submodule(f"{names.module}.{leaf}")
         return projection.register_forward_pre_hook(hook)
 
     handles = [keep(leaf) for leaf in {names.key, names.query}]
-    until_attention = run_attention(layer, [names], run)
     sums: dict[str, _Sums] = {}
     try:
         for batch, rows in batches:
-            until_attention(batch, rows)
-            for leaf in (names.key, names.query):
-                if leaf == names.key or seen[leaf] is not seen[names.key]:
-                    sums.setdefault(leaf, _Sums()).add(seen[leaf], names.has_bias)
+            reach_attention(layer, [names], run, batch, rows)
+            keys, queries = seen[names.key], seen[names.query]
+            of_both = len(keys) == len(queries) and all(map(is_, keys, queries))
+            for leaf in {names.key, names.query} if not of_both else {names.key}:
+                for entering in seen[leaf]:  # merged attention makes keys of two inputs
+                    sums.setdefault(leaf, _Sums()).add(entering, names.has_bias)
+            seen.clear()
     finally:
         for handle in handles:
             handle.remove()

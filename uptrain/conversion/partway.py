@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from uptrain.conversion.attention import AttentionNames
 from uptrain.conversion.fit import Rows, Run
-from uptrain.errors import UnsupportedFamilyError
 
 
 class _Reached(Exception):
@@ -15,7 +14,7 @@ class _Reached(Exception):
 
 
 def run_attention(layer: nn.Module, blocks: Sequence[AttentionNames], run: Run) -> Run:
-    """Make a function that computes a layer up to an attention block's output, added to its input.
+    """Make a function that computes a plain layer up to an attention block's output, added to its input.
 
     Args:
         layer: The layer.
@@ -25,27 +24,34 @@ def run_attention(layer: nn.Module, blocks: Sequence[AttentionNames], run: Run) 
     Returns:
         From hidden states [batch, length, hidden_size] to the same shape.
     """
+    return lambda hidden, rows: hidden + sum(reach_attention(layer, blocks, run, hidden, rows))
+
+
+def reach_attention(
+    layer: nn.Module, blocks: Sequence[AttentionNames], run: Run, hidden: Tensor, rows: Rows
+) -> list[Tensor]:
+    """Run a layer until the last of these attention blocks has done its work.
+
+    Args:
+        layer: The layer.
+        blocks: Where the blocks are; with none, nothing is run.
+        run: Runs the whole layer.
+        hidden: [batch, length, hidden_size], what enters it.
+        rows: Which sequences of the text these are.
+
+    Returns:
+        What each block returns, [batch, length, channels].
+    """
     if not blocks:
-        return lambda hidden, rows: hidden
-
-    def until_attention(hidden: Tensor, rows: Rows) -> Tensor:
-        with ExitStack() as stack:
-            outputs = [
-                stack.enter_context(attention_output(layer, names, stop=names is blocks[-1]))
-                for names in blocks
-            ]
-            with suppress(_Reached):
-                run(hidden, rows)
-        for names, (output,) in zip(blocks, outputs, strict=True):
-            if output.shape != hidden.shape:
-                raise UnsupportedFamilyError(
-                    f"{names.module} gives {output.shape[-1]} channels of the {hidden.shape[-1]} that its layers "
-                    "pass on, so they cannot be fitted one by one; use --method mean without --calibration"
-                )
-            hidden = hidden + output
-        return hidden
-
-    return until_attention
+        return []
+    with ExitStack() as stack:
+        outputs = [
+            stack.enter_context(attention_output(layer, names, stop=names is blocks[-1]))
+            for names in blocks
+        ]
+        with suppress(_Reached):
+            run(hidden, rows)
+    return [output for (output,) in outputs]
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def repair_layer(
     run = streams.run_target(layer, index)
     original = streams.run_source(source, index)
     errors["merged"] = streams.error(run, original)
-    first = round(steps * _ATTENTION_PART)
+    first = round(steps * _ATTENTION_PART) if blocks else 0
     targets = None
     for number, names in enumerate(blocks):
         before = blocks[: number + 1]
@@ -107,7 +107,7 @@ def repair_layer(
     if targets is None:
         targets = streams.map(original, streams.original)
     # Logits behind the last layer, if the model has a head that gives some.
-    is_last = index == len(streams.source) - 1 and streams.source.vocabulary > 0
+    is_last = index == streams.source.last and streams.source.vocabulary > 0
     attention = {name for names in blocks for name in _projections(layer, names)}
     rates = {
         name: LAYER_RATE if name in attention else MLP_RATE
@@ -176,8 +176,8 @@ def _divergence(streams: ResidualStreams, apart: int, output: Tensor, target: Te
 
 
 def _trainable(streams: ResidualStreams, index: int, layer: nn.Module) -> list[str]:
-    """Matrices and biases of a layer that lie in the files as they are in memory."""
-    known = streams.target.names(index)
+    """Matrices and biases of a layer that lie in the files as they are in memory, and are its own."""
+    known = streams.target.names(index).keys() - streams.target.shared(index)
     # A table that later layers read, too: T5's bias by position.
     tables = {
         f"{name}.weight" for name, each in layer.named_modules() if isinstance(each, nn.Embedding)
@@ -218,6 +218,8 @@ def is_plain(layer: nn.Module, blocks: Sequence[AttentionNames], run: Run, hidde
         return result, [output for (output,) in outputs]
 
     reference, outputs = run_with([None] * len(blocks), hidden)
+    if outputs[-1].shape != hidden.shape:  # what layers pass on is more than one stream
+        return False
     moved = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     moved = moved * hidden.std()
     shifted, _ = run_with([*outputs[:-1], outputs[-1] + moved], hidden - moved)

@@ -53,6 +53,7 @@ class ResidualStreams:
         self.batch = max(1, min(len(tokens), most))
         """Sequences at a time."""
         usable = len(tokens) - len(tokens) % self.batch
+        self._inputs = tokens[:usable]
         # bfloat16 halves the activations on a GPU; its rounding is far below the error to repair.
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         # Both streams and one set of targets.
@@ -92,11 +93,12 @@ class ResidualStreams:
         encoded = None
         if self._encoded:
             whole = self._encoded[0 if stream is self.source else 1]
-            rows = rows if isinstance(rows, slice) else rows.to(whole.device)
-            encoded = self.to_device(whole[rows])
+            on_device = rows if isinstance(rows, slice) else rows.to(whole.device)
+            encoded = self.to_device(whole[on_device])
+        rows = rows if isinstance(rows, slice) else rows.to(self._inputs.device)
         on_gpu = self._device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
-            return stream.run(layer, index, hidden, encoded)
+            return stream.run(layer, index, hidden, encoded, self._inputs[rows])
 
     def batches(self) -> list[slice]:
         """Cut the sequences in batches."""

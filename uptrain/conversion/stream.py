@@ -1,26 +1,24 @@
 """Run a checkpoint's layers one by one: one layer's weights at a time, straight from the files.
 
-The layers are transformers' own modules. What each of them is called with (masks, rotary angles, the
-first layer's bias by position) is recorded once by a forward in which no layer computes anything. The
-two halves of an encoder-decoder are two streams: layers of the decoder are given what the encoder made.
+The layers are transformers' own modules, called as the model around them would. The two halves of an
+encoder-decoder are two streams: layers of the decoder are given what the encoder made. A part that
+several layers share (zamba) is in the files once, and comes with each of them.
 """
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_leaves
-from transformers.modeling_outputs import BaseModelOutput
+from torch import Tensor, nn
 
 from uptrain.checkpoint.reader import Checkpoint
+from uptrain.checkpoint.tensors import DTYPES
 from uptrain.conversion import weights
-from uptrain.conversion.arguments import Arguments, Stop, blank_inputs, check_independent
+from uptrain.conversion.frame import Frame
 from uptrain.conversion.stacks import DECODER, ENCODER, halves
-from uptrain.errors import UnsupportedFamilyError, one_line
 from uptrain.families import meta
 
 
@@ -53,6 +51,8 @@ class LayerStream:
         self._model = meta.build_on_meta(config, code)
         self._model.eval()
         self._names = meta.names_in_memory(self._model, checkpoint.tensors)
+        self._otherwise = meta.stored_otherwise(self._model, self._names)
+        self._shared = _shared_names(self._model, f"{stack}.")
         self._layers: nn.ModuleList = self._model.get_submodule(stack)
         self._lists = halves(self._model)
         self.half: str | None = next(
@@ -74,21 +74,20 @@ class LayerStream:
         weights.check_filled(self._model, checkpoint.name, unused=inside)
         self._model.tie_weights()
         self._model.requires_grad_(False)
-        self._arguments: dict[tuple[int, ...], Arguments] = {}
-        self._twin = twin
-        self._beside: dict[tuple[int, ...], tuple[Any, ...] | None] = {}
-        """What the first layer returns beside the hidden states; None if it returns a tensor."""
+        self._frame: Frame = Frame(
+            f"{checkpoint.name}: {config['model_type']}",
+            self._model,
+            self._layers,
+            self.half,
+            device,
+            lambda: self.layer(0),
+            None if twin is None else twin._frame,
+        )
 
     @property
     def encoder(self) -> str | None:
         """Name of the encoder's list of layers, if the layers are given what an encoder made."""
         return self._lists[ENCODER] if self.half == DECODER else None
-
-    @property
-    def entry(self) -> str:
-        """What the layers compute on: `input_ids` for text, `input_features` for speech, say."""
-        is_encoder = self.half == ENCODER
-        return str(self._model.get_encoder().main_input_name) if is_encoder else "input_ids"
 
     @property
     def config(self) -> Any:
@@ -101,11 +100,16 @@ class LayerStream:
         head = self._model.get_output_embeddings() if self.half != ENCODER else None
         return 0 if head is None else int(head.weight.shape[0])
 
+    @property
+    def last(self) -> int:
+        """The last layer that text reaches."""
+        return max(index for index in range(len(self)) if self.reaches(index))
+
     def __len__(self) -> int:
         """Count the layers."""
         return len(self._layers)
 
-    def layer(self, index: int, replaced: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+    def layer(self, index: int, replaced: Mapping[str, Tensor] | None = None) -> nn.Module:
         """Load one layer in float32.
 
         Args:
@@ -115,79 +119,124 @@ class LayerStream:
         """
         prefix = f"{self._stack}.{index}."
         replaced = replaced or {}
-        disk_names = [
-            disk
-            for disk, name in self._names.items()
-            if name.startswith(prefix) and name.removeprefix(prefix) not in replaced
-        ]
-        state = weights.read(self._checkpoint, self._model, disk_names)
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()} | dict(
-            replaced
-        )
+        names = {first: name for name, first in self.shared(index).items() if name not in replaced}
+        own = (n for n in self._names.values() if n.startswith(prefix))
+        names |= {n: local for n in own if (local := n.removeprefix(prefix)) not in replaced}
+        disk_names = [disk for disk, name in self._names.items() if name in names]
+        read = weights.read(self._checkpoint, self._model, disk_names)
+        state = {names.get(n, n.removeprefix(prefix)): tensor for n, tensor in read.items()}
+        state |= replaced
         layer = copy.deepcopy(self._layers[index])
         weights.fill(layer, state, self.device)
         weights.check_filled(layer, self._checkpoint.name, prefix)
         return layer.eval()
 
+    def shared(self, index: int) -> dict[str, str]:
+        """Map the names of what a layer shares with others, without its prefix, to its first full name."""
+        prefix = f"{self._stack}.{index}."
+        found = self._shared.items()
+        return {n.removeprefix(prefix): first for n, first in found if n.startswith(prefix)}
+
     def names(self, index: int) -> dict[str, str]:
         """Map one layer's names in memory, without the stack's prefix, to those in the files.
 
-        Tensors that are stacked or split while loading are left out.
+        Tensors that are stacked, split or turned while loading are left out.
         """
         prefix = f"{self._stack}.{index}."
         shared = Counter(self._names.values())
         return {
             name.removeprefix(prefix): disk
             for disk, name in self._names.items()
-            if name.startswith(prefix) and shared[name] == 1
+            if name.startswith(prefix) and shared[name] == 1 and disk not in self._otherwise
         }
 
-    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Compute what enters the first layer.
+    def to_files(
+        self, index: int, state: Mapping[str, Tensor], changed: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Bring what was changed of a layer into the form of the files, rounded to their dtype.
 
         Args:
-            inputs: [batch, length], int64; of speech, what the processor made of it, float32.
+            index: Which layer.
+            state: All of its tensors by name in memory, without the stack's prefix. The changed ones
+                are rounded, too.
+            changed: Names of those that were changed; what has no place of its own is left out.
 
         Returns:
-            [batch, length, hidden_size], float32, on the device.
+            By name in the files.
         """
-        entering: list[torch.Tensor] = []
+        prefix, known = f"{self._stack}.{index}.", self.names(index)
+        files = {known[name]: state[name] for name in changed if name in known}
+        others = set(changed) - known.keys() - self.shared(index).keys()
+        modules = {name.rsplit(".", 2)[0] for name in others}
+        beside = [n for n in state if n not in known and n.rsplit(".", 2)[0] in modules]
+        full = {prefix + name: state[name] for name in beside}
+        files |= meta.bring_to_files(self._model, full) if full else {}
+        found = {}
+        for disk, tensor in files.items():
+            found[disk] = tensor.detach().to(DTYPES[self._checkpoint.tensors[disk].dtype])
+        for name, tensor in self.from_files(index, found).items():
+            state[name].copy_(tensor)
+        return {disk: tensor.cpu().contiguous() for disk, tensor in found.items()}
 
-        def stop(hidden: torch.Tensor, *_: Any, **__: Any) -> None:
-            entering.append(hidden)
-            raise Stop
+    def from_files(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bring what `to_files` gave back into memory, by name without the stack's prefix."""
+        prefix = f"{self._stack}.{index}."
+        loaded = meta.load_into_memory(self._model, tensors)
+        return {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
 
-        with torch.no_grad():
-            self._forward(inputs, lambda index: stop, self._blank(len(inputs), 1))
-        return entering[0]
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Compute what enters the first layer, as `Frame.embed`."""
+        return self._frame.embed(inputs)
+
+    def blank_inputs(self, batch: int, length: int) -> Tensor:
+        """Make inputs of which only the shape counts, as the function of this name."""
+        return self._frame.blank_inputs(batch, length)
+
+    @property
+    def encoder_width(self) -> int:
+        """Size of what an encoder gives for each of its positions."""
+        return self._frame.encoder_width
+
+    @property
+    def can_be_read(self) -> bool:
+        """Whether what the layers compute on is of a known form: text, or Whisper's spectra."""
+        return self._frame.can_be_read
+
+    def reaches(self, index: int) -> bool:
+        """Say whether text alone reaches a layer; those that attend to images are left out then."""
+        return self._frame.reaches(index)
 
     def run(
         self,
         layer: nn.Module,
         index: int,
-        hidden: torch.Tensor,
-        encoded: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        hidden: Tensor,
+        encoded: Tensor | None = None,
+        inputs: Tensor | None = None,
+    ) -> Tensor:
         """Run a layer as the model would.
 
         Args:
             layer: From `layer(index)`, or one like it.
             index: Its place in the stack.
             hidden: [batch, length, hidden_size].
-            encoded: [batch, encoder's length, encoder's hidden_size], if there is an encoder.
+            encoded: [batch, encoder's length, encoder's hidden_size], what the layers attend to beside
+                the text: an encoder's output, features of an image.
+            inputs: [batch, length], the text, of which some families give more to their layers than
+                hidden states.
 
         Returns:
-            [batch, length, hidden_size].
+            [batch, length, hidden_size]; `hidden` itself if the model would leave the layer out.
         """
-        recorded = self._arguments_of(
-            *hidden.shape[:2], *([] if encoded is None else encoded.shape[1:])
-        )
+        recorded = self._frame.arguments(hidden.shape[0], hidden.shape[1], encoded, inputs)
         arguments = recorded.of(index, encoded)
+        if not arguments:
+            return hidden
         output = layer(hidden, *arguments["args"], **arguments["kwargs"])
-        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        found: Tensor = output[0] if isinstance(output, tuple) else output
         return found
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits from what leaves the last layer.
 
         Args:
@@ -196,10 +245,10 @@ class LayerStream:
         Returns:
             [batch, length, vocabulary].
         """
-        found: torch.Tensor = self._leave(hidden).logits
+        found: Tensor = self._frame.leave(hidden).logits
         return found
 
-    def encoded(self, hidden: torch.Tensor) -> torch.Tensor:
+    def encoded(self, hidden: Tensor) -> Tensor:
         """Compute what an encoder gives to the decoder from what leaves its last layer.
 
         Args:
@@ -209,121 +258,14 @@ class LayerStream:
             [batch, length, hidden_size].
         """
         with torch.no_grad():
-            found: torch.Tensor = self._leave(hidden)[0]
+            found: Tensor = self._frame.leave(hidden)[0]
         return found
 
-    def _leave(self, hidden: torch.Tensor) -> Any:
-        last = len(self) - 1
 
-        def give(index: int) -> Callable[..., Any]:
-            def pass_on(entering: torch.Tensor, *_: Any, **__: Any) -> Any:
-                return self._wrap(hidden if index == last else entering)
-
-            return pass_on
-
-        batch, length = hidden.shape[:2]
-        inputs, blank = self.blank_inputs(batch, length), self._blank(batch, 1)
-        if not self._beside:
-            with torch.no_grad():
-                self._learn_return(inputs, (batch, length), blank)
-        return self._forward(inputs, give, blank)
-
-    def blank_inputs(self, batch: int, length: int) -> torch.Tensor:
-        """Make inputs of which only the shape counts, as the function of this name."""
-        config = self._model.get_encoder().config if self.half == ENCODER else self.config
-        made = blank_inputs(self._checkpoint.name, self.entry, config, batch, length)
-        return made.to(self.device)
-
-    def _blank(self, batch: int, length: int) -> torch.Tensor | None:
-        """Stands for what an encoder made; None without one."""
-        if self.half != DECODER:
-            return None
-        config = self._model.get_encoder().config
-        return torch.zeros(batch, length, config.hidden_size, device=self.device)
-
-    def _arguments_of(self, batch: int, length: int, *encoded: int) -> "Arguments":
-        shape = (batch, length, *encoded)
-        if shape not in self._arguments:
-            recorded: list[dict[str, Any]] = [{} for _ in self._layers]
-            blank = torch.zeros(batch, *encoded, device=self.device) if encoded else None
-
-            def record(index: int) -> Callable[..., Any]:
-                def keep(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                    recorded[index] = {"args": args, "kwargs": kwargs}
-                    return self._wrap(hidden, shape)
-
-                return keep
-
-            tokens = self.blank_inputs(batch, length)
-            with torch.no_grad():
-                self._learn_return(tokens, shape, blank)
-                self._forward(tokens, record, blank)
-                if not all(recorded):
-                    raise UnsupportedFamilyError(
-                        f"{self._checkpoint.name}: text alone does not reach all its layers, so they cannot be run "
-                        "one by one; use --method mean without --calibration"
-                    )
-                if not self._arguments:
-                    first, recorded = recorded, [{} for _ in self._layers]
-                    other = None if blank is None else blank + 1
-                    self._forward(tokens + 1, record, other)
-                    name = self._checkpoint.name
-                    check_independent(name, Arguments(first, blank), Arguments(recorded, other))
-                    blank = other
-            self._arguments[shape] = Arguments(recorded, blank)
-        return self._arguments[shape]
-
-    def _learn_return(
-        self, inputs: torch.Tensor, shape: tuple[int, ...], encoded: torch.Tensor | None
-    ) -> None:
-        """See from the first layer what layers return beside hidden states, which may be for the next."""
-        if self._twin is not None:
-            self._twin._learn_return(inputs, shape, encoded)
-            self._beside = self._twin._beside
-        has_tensors = any(isinstance(each, torch.Tensor) for each in tree_leaves(self._beside))
-        if shape in self._beside or (self._beside and not has_tensors):
-            return
-        first = self.layer(0)
-
-        def call(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-            output = first(hidden, *args, **kwargs)
-            self._beside[shape] = output[1:] if isinstance(output, tuple) else None
-            raise Stop
-
-        self._forward(inputs, lambda index: call, encoded)
-
-    def _wrap(self, hidden: torch.Tensor, shape: tuple[int, ...] = ()) -> Any:
-        """Return hidden states as a layer does."""
-        if not self._beside:
-            return hidden
-        any_shape = next(iter(self._beside.values()))
-        beside = self._beside.get(shape, any_shape)
-        return hidden if beside is None else (hidden, *beside)
-
-    def _forward(
-        self,
-        inputs: torch.Tensor,
-        replacement: Callable[[int], Callable[..., Any]],
-        encoded: torch.Tensor | None = None,
-    ) -> Any:
-        """Run the model, or its encoder alone, with every layer's forward replaced."""
-        for index, layer in enumerate(self._layers):
-            layer.forward = replacement(index)
-        inputs = inputs.to(self.device)
-        try:
-            if self.half == ENCODER:
-                return self._model.get_encoder()(**{self.entry: inputs})
-            if encoded is not None:
-                made = BaseModelOutput(last_hidden_state=encoded)
-                return self._model(decoder_input_ids=inputs, encoder_outputs=made, use_cache=False)
-            return self._model(input_ids=inputs, use_cache=False)
-        except Stop:
-            return None
-        except ValueError as error:  # what transformers raises if an input is missing
-            raise UnsupportedFamilyError(
-                f"{self._checkpoint.name}: cannot be run on text alone ({one_line(error)}); use --method mean "
-                "without --calibration"
-            ) from error
-        finally:
-            for layer in self._layers:
-                del layer.forward
+def _shared_names(model: nn.Module, prefix: str) -> dict[str, str]:
+    """Map each name of a parameter that has several, behind the prefix, to the first of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(prefix):
+            names.setdefault(id(parameter), []).append(name)
+    return {name: several[0] for several in names.values() for name in several if several[1:]}

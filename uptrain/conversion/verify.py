@@ -128,6 +128,7 @@ def _check_shapes(
     try:
         found = registry.read_heads(checkpoint.config, code).num_key_value_heads
         expected = meta.tensor_shapes(checkpoint.config, code)
+        tied = meta.tied_tensors(checkpoint.config, code)
     except (CheckpointError, UnsupportedFamilyError) as error:
         problems.append(str(error))
         return
@@ -135,10 +136,11 @@ def _check_shapes(
         problems.append(f"{CONFIG} says {found} KV heads, the record {heads}")
     before = len(problems)
     known = [name for name in checkpoint.tensors if name in expected]
-    # A tied tensor may be absent, but not one that other layers have.
+    # A tied tensor may be absent, but not one that other layers have of their own.
+    there = {tied[name] for name in known if name in tied}
     kinds = {re.sub(r"\d+", "0", name) for name in known}
     for name in expected.keys() - checkpoint.tensors.keys():
-        if re.sub(r"\d+", "0", name) in kinds:
+        if re.sub(r"\d+", "0", name) in kinds and tied.get(name) not in there:
             problems.append(f"{name} is missing, {CONFIG} asks for it")
     for name in known:
         shape = checkpoint.tensors[name].shape

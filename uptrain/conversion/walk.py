@@ -6,6 +6,7 @@ interrupted work goes on behind the last finished one.
 """
 
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from uptrain.checkpoint.files import read_json
 from uptrain.checkpoint.staging import replace_file
-from uptrain.checkpoint.tensors import DTYPES
 from uptrain.conversion import repair
 from uptrain.conversion.attention import (
     AttentionHeads,
@@ -25,10 +25,10 @@ from uptrain.conversion.attention import (
     read_heads,
     write_heads,
 )
-from uptrain.conversion.encoder import Encoded, encode, encoded_by
+from uptrain.conversion.encoder import Encoded, encode, encoded_by, unseen
 from uptrain.conversion.finished import LayerReport, layer_path
 from uptrain.conversion.freedom import Freedom, find_freedom, noisy, rotary_dims
-from uptrain.conversion.merge import Losses, Merged, merge_heads, merge_norms
+from uptrain.conversion.merge import Losses, Merged, merge_beside, merge_heads
 from uptrain.conversion.moments import Moments, balanced_signs, input_moments
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan
@@ -94,7 +94,19 @@ class Walk:
                 self.source, self.target, inputs, options.activation_bytes, by_sequence
             )
         self.rotary_dims = rotary_dims(checkpoint.config, code)
-        self.probe = noisy(self.source.embed(self._probe_inputs(inputs)))
+        self._read = self._probe_inputs(inputs)
+        self.probe = noisy(self.source.embed(self._read))
+        unread = [str(index) for index in range(len(self.source)) if not self.source.reaches(index)]
+        if unread:
+            self.encoded = unseen(self.probe.shape[-1], device)
+        if unread and sample is not None:
+            print(
+                f"{checkpoint.name}: text does not reach layers {', '.join(unread)}, which attend to images; "
+                "they are merged without it",
+                file=sys.stderr,
+            )
+        self._finished: dict[str, Tensor] = {}
+        """What several layers share, by its first name, once the first of them is done."""
 
     def _probe_inputs(self, inputs: Tensor | None) -> Tensor:
         length = min(_PROBE_TOKENS, usable_length(self.source.config) or _PROBE_TOKENS)
@@ -171,7 +183,7 @@ class Walk:
 
     def _run_probe(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
         encoded = None if self.encoded is None else self.encoded.probe
-        return self.source.run(layer, index, hidden, encoded)
+        return self.source.run(layer, index, hidden, encoded, self._read)
 
     def _examine(
         self, index: int, names: AttentionNames, source: nn.Module
@@ -212,27 +224,33 @@ class Walk:
     def _layer(self, index: int) -> LayerReport:
         report = LayerReport(self.first + index)
         source = self.source.layer(index)
-        if index not in self.blocks:  # no attention here
+        shared = self.source.shared(index)
+        replaced = {
+            n: self._finished[first] for n, first in shared.items() if first in self._finished
+        }
+        # A block that layers share is merged where it first stands, and not fitted to any of them alone.
+        blocks = [each for each in self.blocks.get(index, ()) if not each.is_among(replaced)]
+        if not blocks and not replaced:  # no attention here
             self.advance(max(1, self.steps), f"layer {index}, no attention")
             if self.streams is not None:
                 self.streams.move(index, source, source)
             return report
-        replaced: dict[str, Tensor] = {}
-        blocks = {}
-        for names in self.blocks[index]:
+        reports = {}
+        for names in blocks:
             merged, freedom = self._merge(index, names, source)
-            blocks[names.module] = {
+            reports[names.module] = {
                 "freedom": asdict(freedom),
                 "groups": merged.groups,
                 "discarded_energy": {"value": merged.discarded_value, "key": merged.discarded_key},
             }
-            gains = merge_norms(source.state_dict(), names, names.heads, merged.groups)
-            written = {**write_heads(merged.parts, names), **gains}
+            beside = merge_beside(source.state_dict(), names, merged.groups)
+            written = {**write_heads(merged.parts, names), **beside}
             replaced |= {name: tensor.float() for name, tensor in written.items()}
-        report.add(blocks)
+        if reports:
+            report.add(reports)
         layer = self.target.layer(index, replaced)
-        if self.streams is None:
-            self.advance(1, f"layer {index}")
+        if self.streams is None or not self.source.reaches(index):
+            self.advance(max(1, self.steps), f"layer {index}")
             self._save(index, layer, source)
             return report
         report.error, original = repair.repair_layer(
@@ -240,7 +258,7 @@ class Walk:
             index,
             source,
             layer,
-            self.blocks[index],
+            [each for each in blocks if not each.is_among(shared)],
             lambda hidden, rows: self._run_probe(source, index, hidden),
             self.probe,
             refit=self.options.refit,
@@ -258,14 +276,22 @@ class Walk:
         return report
 
     def _load_done(self, index: int) -> nn.Module:
-        disk = {disk: name for name, disk in self.target.names(index).items()}
         path = layer_path(self.partial, self.first + index)
         done = safetensors.torch.load_file(path) if path.is_file() else {}
-        return self.target.layer(index, {disk[name]: tensor for name, tensor in done.items()})
+        shared = self.target.shared(index).items()
+        replaced = {n: self._finished[first] for n, first in shared if first in self._finished}
+        layer = self.target.layer(index, replaced | self.target.from_files(index, done))
+        self._keep_shared(index, layer)
+        return layer
+
+    def _keep_shared(self, index: int, layer: nn.Module) -> None:
+        """Keep of a finished layer what others share with it."""
+        state = layer.state_dict()
+        self._finished |= {first: state[n] for n, first in self.target.shared(index).items()}
 
     def _moments(self, layer: nn.Module, index: int, names: AttentionNames) -> Moments:
         """Second moments of an attention block's input, or what stands for them."""
-        if self.streams is not None:
+        if self.streams is not None and self.source.reaches(index):
             converted = self.streams.converted
             batches = (
                 (converted[rows].to(self.probe), rows) for rows in self.streams.some_batches()
@@ -279,8 +305,10 @@ class Walk:
             lambda hidden, rows: self.source.run(layer, index, hidden, gains),
             [(signs, slice(None))],
         )
-        if self.options.method == "align":
-            # Jin et al. align without weights; measured, weighting by the gain makes that worse.
+        is_wider = len(found.moment) - names.has_bias != signs.shape[-1]
+        if self.options.method == "align" or (is_wider and gains is None):
+            # Jin et al. align without weights; measured, weighting by the gain makes that worse. And what
+            # a block reads beside hidden states has no gain that these would show.
             return found.map(lambda moment: torch.eye(len(moment)).to(moment))
         return found.map(lambda moment: moment.diagonal().diag())
 
@@ -289,14 +317,8 @@ class Walk:
 
         The layer goes on with the rounded weights, so that what follows is fitted to what is written.
         """
-        known = self.target.names(index)
-        before, changed = source.state_dict(), {}
-        for name, tensor in layer.state_dict().items():
-            is_same = name in before and torch.equal(tensor, before[name])
-            if name in known and not is_same:
-                dtype = DTYPES[self.plan.checkpoint.tensors[known[name]].dtype]
-                rounded = tensor.detach().to(dtype)
-                tensor.copy_(rounded)
-                changed[known[name]] = rounded.cpu().contiguous()
+        before, state = source.state_dict(), layer.state_dict()
+        changed = {n for n, t in state.items() if n not in before or not torch.equal(t, before[n])}
         path = layer_path(self.partial, self.first + index)
-        replace_file(path, safetensors.torch.save(changed))
+        replace_file(path, safetensors.torch.save(self.target.to_files(index, state, changed)))
+        self._keep_shared(index, layer)

@@ -207,6 +207,30 @@ def load_into_memory(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[st
     return {name: tensor for name, tensor in loaded.items() if name in expected}
 
 
+def bring_to_files(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Bring tensors in memory into the form of a checkpoint's files; the inverse of `load_into_memory`.
+
+    Args:
+        model: As `build_on_meta` gives it.
+        tensors: By name in memory; complete for every tensor of the files that they lead to.
+
+    Returns:
+        By the name that transformers would save them under.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 keeps the names of the file
+        return dict(tensors)
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def stored_otherwise(model: Any, disk_names: Iterable[str]) -> set[str]:
+    """Find tensors of the files that loading computes with: joined, split, transposed."""
+    expected = model.state_dict()
+    rename, _ = _renaming(model, expected)
+    return {name for name in disk_names if name not in expected and rename(name)[1] is not None}
+
+
 def _renaming(
     model: Any, expected: Mapping[str, Any]
 ) -> tuple[Callable[[str], tuple[str, str | None]], dict[str, Any]]:
@@ -242,9 +266,4 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _names_as_saved(model: Any) -> dict[str, torch.Tensor]:
-    state = model.state_dict(keep_vars=True)  # tied ones are then the same object
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # transformers 4 keeps the names of the file
-        return dict(state)
-    return dict(revert_weight_conversion(model, state))
+    return bring_to_files(model, model.state_dict(keep_vars=True))  # tied ones are the same object

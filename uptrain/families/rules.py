@@ -18,7 +18,8 @@ FAMILIES: dict[str, Family | tuple[Family, ...]] = {
             "decoder_config.num_key_value_heads",
             "encoder_config.num_key_value_heads",
             "patcher_config.num_key_value_heads",
-        )
+        ),
+        unread="cuts bytes into patches and joins six lists of layers as it goes",
     ),
     "canary": Family(
         kv_keys=("decoder_config.num_key_value_heads",),
@@ -27,7 +28,10 @@ FAMILIES: dict[str, Family | tuple[Family, ...]] = {
     "cohere_asr": Family(encoder_kv_keys=("encoder_config.num_key_value_heads",)),
     "colpali": Family(kv_keys=("vlm_config.text_config.num_key_value_heads",)),
     "colqwen2": Family(kv_keys=("vlm_config.text_config.num_key_value_heads",)),
-    "csm": Family(kv_keys=("num_key_value_heads", "depth_decoder_config.num_key_value_heads")),
+    "csm": Family(
+        kv_keys=("num_key_value_heads", "depth_decoder_config.num_key_value_heads"),
+        unread="speaks in audio codes by two models, of which only its generate runs the second",
+    ),
     "dbrx": Family(
         kv_keys=("attn_config.kv_n_heads",),
         layouts={"norm_attn_norm.attn.Wqkv": Layout.CONCATENATED},
@@ -35,6 +39,11 @@ FAMILIES: dict[str, Family | tuple[Family, ...]] = {
     "dia": Family(
         kv_keys=("decoder_config.num_key_value_heads", "decoder_config.cross_num_key_value_heads"),
         encoder_kv_keys=("encoder_config.num_key_value_heads",),
+        unread="speaks in several rows of audio codes, not in one row of tokens",
+    ),
+    "diffusion_gemma": Family(
+        kv_keys=("text_config.num_key_value_heads",),
+        unread="runs each layer twice, to read a prompt and to fill a canvas behind it",
     ),
     "doge": Family(layouts={"self_attn.dt_proj": Layout.MIXED}),
     "falcon": (
@@ -69,6 +78,7 @@ FAMILIES: dict[str, Family | tuple[Family, ...]] = {
         "it as it is"
     ),
     "molmo2_text": Family(layouts={"self_attn.att_proj": Layout.CONCATENATED}),
+    "kyutai_speech_to_text": Family(unread="reads audio codes beside each token of text"),
     "moonshine": Family(
         refusal="transformers reshapes its queries by the number of KV heads, so that only as many "
         "KV heads as query heads can run; use it as it is"
@@ -92,6 +102,10 @@ FAMILIES: dict[str, Family | tuple[Family, ...]] = {
     "t5gemma2": Family(
         kv_keys=("decoder.num_key_value_heads",),
         encoder_kv_keys=("encoder.text_config.num_key_value_heads",),
+    ),
+    "voxtral_realtime": Family(
+        kv_keys=("text_config.num_key_value_heads",),
+        unread="adds what it hears to each token of text",
     ),
     "zamba2": Family(
         when={"use_shared_attention_adapter": True},

@@ -93,5 +93,7 @@ class Family:
     """What else to write beside it."""
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     """Layout of tensors other than SEPARATE ones, by module path in the layer."""
+    unread: str | None = None
+    """What its layers are given that no plain text gives them, so that only pooling is possible."""
     refusal: str | None = None
     """Why the family cannot be converted, and what to do instead."""
