@@ -121,11 +121,12 @@ def launch(
     """Start `uptrain finetune` as a user does, by torchrun if there are several processes."""
     written = folder / "recipe.yaml"
     written.write_text(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
     return subprocess.Popen(
         [sys.executable, *(torchrun if count > 1 else []), "-m", "uptrain", "finetune",
          str(written), *options],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": path} | environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 

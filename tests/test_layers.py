@@ -38,7 +38,7 @@ ORDER = [
     "training.strict_yaml", "training.shipped", "training.options", "training.recipe",
     "training.log", "training.watch", "training.guard", "training.processes",
     "training.head", "training.loss", "training.objective", "training.trainable",
-    "training.optimizer", "training.flops", "training.memory", "training.shard", "training.models",
+    "training.optimizer", "training.flops", "training.shard", "training.memory", "training.models",
     "training.saved", "training.parts", "training.export", "training.state", "training.setup", "training.step",
     "training.loop",
     "report.runs", "report.text", "report.canvas", "report.recovery", "report.plots",

@@ -14,6 +14,7 @@ from torch import nn
 
 from uptrain.cli import main
 from uptrain.errors import HeadCountError, TrainingError, UnsupportedFamilyError
+from uptrain.training import shard
 from uptrain.training.memory import Scale, plan_training
 from uptrain.training.optimizer import make_optimizer
 from uptrain.training.trainable import attention_names, set_trained, shrink_frozen
@@ -151,14 +152,16 @@ def test_time_follows_from_work_and_devices():
     assert plan_training(config, Scale())["plans"][0]["days"] is None
 
 
-def test_on_several_devices_layers_are_gathered_and_the_rest_stays():
+@pytest.mark.parametrize("joined", [1, 2])
+def test_on_several_devices_units_are_gathered_and_the_rest_stays(joined, monkeypatch):
     model = tiny_model(tiny_config("llama"))
     layer = sum(each.numel() for each in model.model.layers[0].parameters())
     outside = model.num_parameters() - layer * len(model.model.layers)
+    monkeypatch.setattr(shard, "_UNIT_PARAMETERS", joined * layer)
     parts = parts_of(config_of(), devices=2)
-    assert parts["working_weights"] == (4 + 4 + 2) * outside + (2 + 2 + 2 + 4) * layer
+    assert parts["working_weights"] == (4 + 4 + 2) * outside + (2 + 2 + 2 + 4) * joined * layer
     frozen = parts_of(config_of(), devices=2, trainable="attention", teacher=False)
-    assert frozen["working_weights"] == 4 * outside + (2 + 2 + 2 + 4) * layer
+    assert frozen["working_weights"] == 4 * outside + (2 + 2 + 2 + 4) * joined * layer
 
 
 def test_the_loss_takes_chunks_of_logits_however_large_the_vocabulary():

@@ -19,6 +19,7 @@ from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.errors import TrainingError
 from uptrain.loading import load_config, load_model
 from uptrain.training import processes
+from uptrain.training import shard as sharding
 from uptrain.training import state as states
 from uptrain.training.export import export_checkpoint
 from uptrain.training.saved import SavedState, find_states
@@ -53,6 +54,7 @@ def build(folder: Path) -> tuple[Objective, Any]:
     else:
         model, loaded = load_on_main(source, config, torch.float32)
         objective = Objective(model)
+        sharding._UNIT_PARAMETERS = 1  # each layer by itself; tests of whole runs have one unit
         shard(objective, model.model.layers, mesh)
         fill(model, CPU, loaded.state_dict() if loaded else {})
     optimizer = torch.optim.AdamW(objective.parameters(), lr=LEARNING_RATE, fused=True)
@@ -249,6 +251,13 @@ def test_fewer_rows_than_processes(tmp_path):
     (chained, _), *_ = in_processes(4, small, tmp_path / "chained", 2)
     expected = [small(tmp_path / "straight", step)[0] for step in range(3)][-1]
     torch.testing.assert_close(chained, expected)
+
+
+def test_layers_are_joined_until_they_are_worth_gathering(monkeypatch):
+    layers = [nn.Linear(3, size, bias=False) for size in (4, 4, 4, 100, 4)]
+    monkeypatch.setattr(sharding, "_UNIT_PARAMETERS", 20)
+    joined = sharding.join_layers(layers)
+    assert [[each.out_features for each in unit] for unit in joined] == [[4, 4], [4, 100], [4]]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """What a run will need on each device, computed from a config before there is a run."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -20,6 +20,7 @@ from uptrain.training.flops import Work, matrices_of
 from uptrain.training.loss import even_chunk
 from uptrain.training.optimizer import layer_matrices
 from uptrain.training.recipe import Recipe, load_recipe
+from uptrain.training.shard import join_layers
 from uptrain.training.trainable import attention_names, shrinkable
 
 _MAX_SEQUENCE_LENGTH = 2048
@@ -256,22 +257,27 @@ def _working_bytes(
     model: Any, teacher: Any, trained: Collection[str], devices: int, checkpointing: bool
 ) -> int:
     """Count the copies of weights that a forward and backward work with, and gradients on their way."""
-    layer, outside = _largest_layer(model), _outside_layers(model)
+    layers, outside = decoder_layers(model), _outside_layers(model)
     if devices == 1:
         # What autocast makes of matrices; a checkpointed layer makes it twice, and keeps none.
-        cast = layer + outside if checkpointing else [each for each, _ in matrices_of(model)]
+        cast = [each for each, _ in matrices_of(model)]
+        if checkpointing:
+            cast = _largest([[layer] for layer in layers]) + outside
         return _BFLOAT16 * _count(cast)
-    # A layer at work and the next one, its gradient, and that gradient in float32. What is outside of
+    # A unit at work and the next one, its gradient, and that gradient in float32. What is outside of
     # layers is there in float32 from forward to backward, and so is its gradient.
     ids = {id(each) for each in outside}
     learns = any(id(each) in ids for name, each in model.named_parameters() if name in trained)
-    found = (2 * _BFLOAT16 + _BFLOAT16 + _FLOAT32) * _count(layer)
+    unit = _largest(join_layers(layers))
+    found = (2 * _BFLOAT16 + _BFLOAT16 + _FLOAT32) * _count(unit)
     found += _FLOAT32 * _count(outside) * (1 + learns)
     return found + (_BFLOAT16 * _count(_outside_layers(teacher)) if teacher is not None else 0)
 
 
-def _largest_layer(model: Any) -> list[nn.Parameter]:
-    return max(([*layer.parameters()] for layer in decoder_layers(model)), key=_count)
+def _largest(units: Iterable[Sequence[nn.Module]]) -> list[nn.Parameter]:
+    return max(
+        ([each for layer in unit for each in layer.parameters()] for unit in units), key=_count
+    )
 
 
 def _outside_layers(model: Any) -> list[nn.Parameter]:

@@ -129,7 +129,8 @@ def _spread(root: nn.Module, model: Any, whole: Any, options: TrainOptions, plac
     layers = decoder_layers(model)
     if options.compile:
         for layer in layers:
-            layer.compile()
+            # Its forward alone, so that what gathers a sharded layer stands around it, not within.
+            layer.forward = torch.compile(layer.forward)
     if place.mesh is None:
         model.to(place.device)
         return

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from uptrain.errors import UptrainError, one_line
@@ -18,6 +19,19 @@ def rank() -> int:
 def count() -> int:
     """Give the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def norm(part: torch.Tensor) -> float:
+    """Give the norm of what all processes hold together.
+
+    Args:
+        part: [], the norm of what this one holds.
+    """
+    if count() == 1:
+        return float(part)
+    squared = part.double().square()
+    dist.all_reduce(squared)
+    return float(squared.sqrt())
 
 
 def in_all(act: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:

@@ -265,7 +265,8 @@ def _divide_batch(
     if micro is None:
         most = _CPU_MICRO_TOKENS
         if accelerator.device.type != "cpu":
-            most = _GPU_MICRO_ELEMENTS // hidden_size
+            # Each part of a sharded step gathers all weights anew.
+            most = _GPU_MICRO_ELEMENTS * min(world, 2) // hidden_size
         most = max(1, most // length)
         return batch // length, max(n for n in range(1, min(most, share) + 1) if share % n == 0)
     if micro % length or share % (micro // length):

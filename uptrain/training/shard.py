@@ -1,6 +1,6 @@
-"""How a model is spread over the processes of a run: FSDP2, each decoder layer a unit of its own."""
+"""How a model is spread over the processes of a run: FSDP2, in units of a few decoder layers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,8 @@ from uptrain.training import processes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+_UNIT_PARAMETERS = 2**27  # that a unit has at least, if there are so many
 
 
 def make_mesh(device: torch.device, count: int) -> DeviceMesh | None:
@@ -66,15 +68,35 @@ def load_on_main(
     return model, loaded
 
 
+def join_layers(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Join layers that follow each other until it is worth gathering them.
+
+    To gather a unit takes the host a millisecond or more, however small it is, and a device that
+    computes faster than that would wait for each.
+
+    Args:
+        layers: In the order in which they run.
+    """
+    units: list[list[nn.Module]] = []
+    parameters = _UNIT_PARAMETERS
+    for layer in layers:
+        if parameters >= _UNIT_PARAMETERS:
+            units.append([])
+            parameters = 0
+        units[-1].append(layer)
+        parameters += sum(each.numel() for each in layer.parameters())
+    return units
+
+
 def shard(
     root: nn.Module,
-    layers: Iterable[nn.Module],
+    layers: Sequence[nn.Module],
     mesh: DeviceMesh,
     layer_dtype: torch.dtype | None = None,
 ) -> None:
     """Leave each process a part of every parameter, its rows as `torch.chunk` cuts them.
 
-    Before a layer runs, its parameters are gathered, and given up again after it; what belongs to no
+    Before a unit of layers runs, its parameters are gathered, and given up again after it; what belongs to no
     layer (embeddings, the head) is gathered from the start of the root's forward to the end of its
     backward. Gradients are averaged over processes in float32, part by part, and added to those of
     earlier backwards. Only the root's forward may be called.
@@ -84,7 +106,7 @@ def shard(
 
     Args:
         root: Everything that is run together. Its parameters become DTensors.
-        layers: The units inside it.
+        layers: Those inside it, in the order in which they run; `join_layers` makes units of them.
         mesh: From `make_mesh`.
         layer_dtype: What layers' parameters are gathered in; their own dtype if not given. bfloat16
             halves the traffic, and under autocast changes nothing but vectors (norms, biases).
@@ -94,8 +116,8 @@ def shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # hidden states stay what they are on one device
     )
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for unit in join_layers(layers):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(root, mesh=mesh)
 
 
