@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from uptrain.training import processes
 from uptrain.training.batches import read_ahead
 from uptrain.training.optimizer import make_optimizer
 from uptrain.training.options import Recipe
@@ -208,7 +209,9 @@ def ours(
     optimizer = make_optimizer(run.objective.model, recipe.train)
     run.objective.train()
     device = run.accelerator.device
-    with read_ahead(run.batches, range(steps), run.micro_sequences, device=device) as batches:
+    with read_ahead(
+        run.batches, range(steps), run.micro_sequences, processes.rank(), processes.count(), device
+    ) as batches:
 
         def step(index: int) -> None:
             train_step(run, optimizer, index, next(batches), 1e-5, lambda: False)
