@@ -22,7 +22,7 @@ from operations import prepare_conversion, to_two
 from tiny_run import make_recipe
 
 from uptrain.checkpoint import staging
-from uptrain.checkpoint.staging import side_folders, staged_folder
+from uptrain.checkpoint.staging import check_target, side_folders, staged_folder
 from uptrain.errors import CheckpointError, TrainingError
 from uptrain.training.guard import locked
 
@@ -137,6 +137,27 @@ def test_a_target_that_appears_before_the_lock_is_refused_at_once(tmp_path: Path
         pytest.fail("nothing may be written, only to be refused at the end")
     assert (target / "content").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_target_that_another_run_replaces_meanwhile_is_looked_at_again(
+    is_back: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    for folder in (target, tmp_path / "new"):
+        folder.mkdir()
+        (folder / "config.json").write_text(CONFIG)
+
+    def put_back() -> None:
+        if is_back:
+            (tmp_path / "new").rename(target)
+
+    # Neither the old one's config nor an empty folder is there when it is looked for.
+    with (
+        before("read_json", lambda: target.rename(tmp_path / "old"), staging),
+        before("iterdir", put_back, Path),
+    ):
+        check_target(target, overwrite=True)
 
 
 def test_a_run_that_fails_late_leaves_what_the_next_one_has_staged(tmp_path: Path) -> None:

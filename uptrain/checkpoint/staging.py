@@ -161,14 +161,24 @@ def check_target(target: Path, overwrite: bool) -> None:
     Raises:
         CheckpointError: If `target` exists and is not to be, or must not be, replaced.
     """
-    if not (target.exists() or target.is_symlink()):
-        return
-    if not overwrite:
-        raise CheckpointError(f"{target}: exists already; choose another target or add --overwrite")
-    if target.is_symlink() or not _is_replaceable(target):
-        raise CheckpointError(
-            f"{target}: is no checkpoint folder, so --overwrite will not replace it; choose another target"
-        )
+    while (found := _inode(target)) is not None:
+        if not overwrite:
+            raise CheckpointError(
+                f"{target}: exists already; choose another target or add --overwrite"
+            )
+        if not target.is_symlink() and _is_replaceable(target):
+            return
+        if _inode(target) == found:  # else another run is replacing it: parts of both were seen
+            raise CheckpointError(
+                f"{target}: is no checkpoint folder, so --overwrite will not replace it; choose another target"
+            )
+
+
+def _inode(path: Path) -> int | None:
+    """Tell what lies at a path, a link itself too, from what may lie there later; None if nothing does."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return path.lstat().st_ino
+    return None
 
 
 def _is_replaceable(folder: Path) -> bool:
@@ -179,7 +189,9 @@ def _is_replaceable(folder: Path) -> bool:
     try:
         return isinstance(read_json(folder / CONFIG).get("model_type"), str)
     except CheckpointError:
-        return not any(folder.iterdir())
+        with suppress(FileNotFoundError):
+            return not any(folder.iterdir())
+        return False
 
 
 def check_room(target: Path, needed_bytes: int) -> None:
