@@ -9,6 +9,7 @@ of what code it is and where it ran, and so does the page. It is written only if
 """
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -305,21 +306,27 @@ def guards(rows: Sequence[Row]) -> str:
 
 
 def where(lines: Sequence[Row]) -> str:
-    """List which tests ran with what, and whether of the code as it is now."""
+    """List which tests ran with what, and the modules that have changed since."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from faults import ran  # type: ignore[import-not-found]
-
+    code = importlib.import_module("faults").ran()["code"]
     counts = Counter(
-        (row["test"].partition("::")[0], row["where"], row["code"] == ran()["code"])
+        (
+            row["test"].partition("::")[0].removeprefix("tests/"),
+            row["where"],
+            ", ".join(
+                f"`{name}`"
+                for name in sorted(code.keys() | row["code"].keys())
+                if code.get(name) != row["code"].get(name)
+            ),
+        )
         for row in lines
     )
-    table_lines = [
-        [f"`{test.removeprefix('tests/')}`", count, with_what, "yes" if is_this else "no"]
-        for (test, with_what, is_this), count in sorted(counts.items())
+    cells = [
+        [f"`{test}`", count, with_what, changed or "nothing"]
+        for (test, with_what, changed), count in sorted(counts.items())
     ]
-    heads = ("tests", "lines left", "with", "of this code")
-    words = "Whether a line is of this code, the SHA-256 of all of its modules says."
-    return f"## Where they ran\n\n{words}\n\n{table(heads, table_lines)}\n"
+    heads = ("tests", "lines left", "with", "changed since")
+    return f"## Where they ran\n\n{table(heads, cells)}\n"
 
 
 if __name__ == "__main__":

@@ -247,16 +247,18 @@ def note(**outcome: Any) -> None:
 
 
 @cache
-def ran() -> dict[str, str]:
-    """Give the digest of the code, and the versions and the cores that it runs with."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(uptrain.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+def ran() -> dict[str, Any]:
+    """Give a digest of each module of the code, and the versions and the cores that it runs with."""
+    package = Path(uptrain.__file__).parent
+    code = {
+        path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        for path in sorted(package.rglob("*.py"))
+    }
     versions = (
         f"torch {torch.__version__}, transformers {transformers.__version__} "
         f"and Python {platform.python_version()} on {os.cpu_count()} CPU cores"
     )
-    return {"code": digest.hexdigest()[:12], "where": versions}
+    return {"code": code, "where": versions}
 
 
 def own_mounts() -> bool:
