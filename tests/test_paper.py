@@ -148,6 +148,7 @@ def result(method: str, heads: int, alpha: float, increase: float) -> dict[str, 
             "kv_cache_bytes_per_token": 768 * heads,
         },
         "seconds": 6.0,
+        "alone": True,
         "versions": {"device": "a GPU", "torch": "2", "transformers": "5"},
     }
 
@@ -169,7 +170,8 @@ def speeds() -> dict[str, Any]:
         for batch in (1, 64)
         for heads in (1, 2, 3, 4, 6, 12)
     ]
-    return {"decode": rows, "seconds": 6.0, "versions": result("mean", 1, 0, 0)["versions"]}
+    versions = result("mean", 1, 0, 0)["versions"]
+    return {"decode": rows, "seconds": 6.0, "alone": True, "versions": versions}
 
 
 @pytest.mark.parametrize(
@@ -244,11 +246,20 @@ def test_the_figures_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     text = page.make_page(results)
     assert "–" not in text.partition("## Figure 5")[0]  # nothing is missing
     for sentence in (
-        "4 KV heads: the calibration took 15 s; with the original beside it as teacher, the same tokens "
-        "took 1.50 times as long",
+        "4 KV heads: the calibration took 15 s.",
+        "4 KV heads: with the original beside it as teacher, the same tokens took 1.50 times as long",
         "Batch 64, context 512: 1 KV head decodes 1.50 times as many tokens a second as 12",
     ):
         assert f"* {sentence}" in text
+
+
+def test_times_of_points_that_were_not_alone_are_not_compared() -> None:
+    results = stored(*((*each, 0.1) for each in points.all_points(12)))
+    results["ours-4-0.05"]["alone"] = False
+    text = page.make_page(results)
+    assert "1 points beside others, whose times are not compared" in text
+    assert "1 KV head: with the original" in text
+    assert "4 KV heads: with the original" not in text
 
 
 def test_few_points_are_drawn_too_and_the_same_every_time(

@@ -147,6 +147,7 @@ def draw_heads(results: Results) -> Figure:
         )  # fmt: skip
         for n, value in known if (method, alpha) == ("mean", ALPHA) else ():
             _note(by_time, str(n), times[largest][n], value, (0, 7), "center")
+    by_time.margins(y=0.1)
     by_time.axvline(times[largest][whole], color=FAINT, linestyle=(0, (4, 3)))
     by_time.axhline(0, color=FAINT, linewidth=1)
     _note(by_time, "original", times[largest][whole], 0, (-4, 6), "right")

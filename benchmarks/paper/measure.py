@@ -8,7 +8,7 @@ Settings are those of the recipe books-14m-gqa4-paper, with what a method change
 over all. Each point is stored as soon as it is there; a call does what is missing, stops after
 `--minutes`, in the middle of an uptraining if need be, and the next one goes on from there. Exit code: 0
 if all is stored, 130 if there is more to do, 1 if a point failed. DIR holds tokens, conversions and the
-run at work; only the results are worth keeping.
+run at work; only the results are worth keeping. Calls with other `--heads` and DIR may run at once.
 """
 
 import argparse
@@ -167,7 +167,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--minutes", type=float, default=9.5)
-    parser.add_argument("--heads", type=int, nargs="+", help="only the points of these")
+    parser.add_argument(
+        "--heads", type=int, nargs="+", help="only the points of these, beside other calls"
+    )
     parser.add_argument("--decode-batches", type=int, nargs="+", default=DECODE_BATCHES)
     parser.add_argument("--decode-contexts", type=int, nargs="+", help="the model's own by default")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE")
@@ -194,6 +196,7 @@ def main() -> int:
             failed += 1
             continue
         found |= {"seconds": time.perf_counter() - begun, "versions": versions()}
+        found["alone"] = options.heads is None  # or its times say little
         replace_file(path, (json.dumps(found, indent=1) + "\n").encode())
         loss = f", {found['evaluation']['loss_increase']:+.4f}" if "evaluation" in found else ""
         print(f"{name}{loss}, {found['seconds']:.1f} s", flush=True)

@@ -96,11 +96,13 @@ def _introduction(results: Results) -> Iterator[str]:
         )
     stored = [results[name] for name in sorted(names & results.keys())]
     seconds = sum(each["seconds"] for each in stored)
+    shared = sum(not each["alone"] for each in stored)
     versions = stored[0]["versions"]
     yield (
         f"Made on {versions['device']} (torch {versions['torch']}, transformers "
-        f"{versions['transformers']}) in {seconds / 60:.0f} minutes; {len(stored)} of {len(names)} results "
-        "are stored in `benchmarks/paper/results`, and this page, with its conclusions, follows from them:"
+        f"{versions['transformers']}) in {seconds / 60:.0f} minutes"
+        + (f", {shared} points beside others, whose times are not compared" if shared else "")
+        + f"; {len(stored)} of {len(names)} results are stored in `benchmarks/paper/results`, and this page, with its conclusions, follows from them:"
     )
     yield (
         "```\n"
@@ -214,18 +216,20 @@ def _crossings(results: Results) -> Iterator[str]:
 
 
 def _costs(results: Results) -> Iterator[str]:
-    """Say what the same number of tokens costs more by our method."""
+    """Say what a calibration takes, and what the same number of tokens costs more by our method."""
+    alone = {name: each for name, each in results.items() if each["alone"]}
     for heads in HEADS:
         start, mean, ours = (
-            results.get(Point(method, heads, alpha).name)
+            alone.get(Point(method, heads, alpha).name)
             for method, alpha in (("ours", 0), ("mean", ALPHA), ("ours", ALPHA))
         )
-        if start and mean and ours and start["conversion_seconds"]:
+        if start and start["conversion_seconds"]:
+            yield f"{_heads(heads)}: the calibration took {start['conversion_seconds']:.0f} s."
+        if mean and ours:
             ratio = ours["training"]["seconds"] / mean["training"]["seconds"]
             yield (
-                f"{_heads(heads)}: the calibration took {start['conversion_seconds']:.0f} s; with the "
-                f"original beside it as teacher, the same tokens took {ratio:.2f} times as long, "
-                f"{ours['training']['seconds']:.1f} s for alpha {ALPHA:g}."
+                f"{_heads(heads)}: with the original beside it as teacher, the same tokens took {ratio:.2f} "
+                f"times as long, {ours['training']['seconds']:.1f} s for alpha {ALPHA:g}."
             )
 
 
