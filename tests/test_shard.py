@@ -258,6 +258,8 @@ def test_layers_are_joined_until_they_are_worth_gathering(monkeypatch):
     monkeypatch.setattr(sharding, "_UNIT_PARAMETERS", 20)
     joined = sharding.join_layers(layers)
     assert [[each.out_features for each in unit] for unit in joined] == [[4, 4], [4, 100], [4]]
+    other = nn.Bilinear(1, 1, 1)
+    assert [len(unit) for unit in sharding.join_layers([layers[0], other, layers[1]])] == [1, 1, 1]
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def parse_json(text: str) -> Any:
 
 
 def _integer(digits: str) -> int | float:
-    # As other readers of JSON see it, safetensors' own among them.
+    # As safetensors' own reader sees it.
     return -0.0 if digits == "-0" else int(digits)
 
 

@@ -149,8 +149,11 @@ class Walk:
             if report_path.is_file():
                 reports.append(LayerReport(**read_json(report_path)))
                 advance(max(1, self.steps), f"layer {index}, done before")
+                # A block that layers share is merged with the first of them.
+                if self.streams is not None or self.target.shared(index):
+                    layer = self._load_done(index)
                 if self.streams is not None:
-                    self.streams.move(index, self.source.layer(index), self._load_done(index))
+                    self.streams.move(index, self.source.layer(index), layer)
                 continue
             report = self._layer(index)
             content = json.dumps(asdict(report)) + "\n"

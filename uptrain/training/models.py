@@ -127,15 +127,15 @@ def _look_into(whole: Any, within_documents: bool) -> Split:
 def _spread(root: nn.Module, model: Any, whole: Any, options: TrainOptions, place: Place) -> None:
     """Bring a model to the run's devices, `root` being what is run."""
     layers = decoder_layers(model)
-    if options.compile:
-        for layer in layers:
-            # Its forward alone, so that what gathers a sharded layer stands around it, not within.
-            layer.forward = torch.compile(layer.forward)
     if place.mesh is None:
         model.to(place.device)
-        return
-    shard(root, layers, place.mesh, torch.bfloat16 if place.is_bfloat16 else None)
-    fill(model, place.device, whole.state_dict() if whole is not None else {})
+    else:
+        shard(root, layers, place.mesh, torch.bfloat16 if place.is_bfloat16 else None)
+        fill(model, place.device, whole.state_dict() if whole is not None else {})
+    for layer in layers if options.compile else ():
+        # Its forward alone, so that what gathers a sharded layer stands around it, not within; and only
+        # now, since sharding changes the layer's class, whose forward is what checkpoints activations.
+        layer.forward = torch.compile(layer.forward)
 
 
 def _checkpoint_activations(model: Any) -> None:

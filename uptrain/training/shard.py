@@ -75,12 +75,13 @@ def join_layers(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
     computes faster than that would wait for each.
 
     Args:
-        layers: In the order in which they run.
+        layers: Those of one kind in the order in which they run. Other kinds, such as an image encoder's
+            that text never reaches, get units of their own: a unit must run as a whole.
     """
     units: list[list[nn.Module]] = []
     parameters = _UNIT_PARAMETERS
     for layer in layers:
-        if parameters >= _UNIT_PARAMETERS:
+        if parameters >= _UNIT_PARAMETERS or type(layer) is not type(units[-1][-1]):
             units.append([])
             parameters = 0
         units[-1].append(layer)
@@ -96,8 +97,8 @@ def shard(
 ) -> None:
     """Leave each process a part of every parameter, its rows as `torch.chunk` cuts them.
 
-    Before a unit of layers runs, its parameters are gathered, and given up again after it; what belongs to no
-    layer (embeddings, the head) is gathered from the start of the root's forward to the end of its
+    Before a unit of layers runs, its parameters are gathered, and given up again after it; what
+    belongs to no layer (embeddings, the head) is gathered from the start of the root's forward to the end of its
     backward. Gradients are averaged over processes in float32, part by part, and added to those of
     earlier backwards. Only the root's forward may be called.
 
