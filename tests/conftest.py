@@ -1,9 +1,23 @@
 """One thread for each test process; how many families a run has checked."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, whose sums are always added in the same order."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -28,13 +28,7 @@ VALIDATION = EXAMPLES / "books-validation.jsonl"
 QUICK: dict[str, Any] = {"calibration": TEXT, "calibration_tokens": 2048, "device": "cpu"}
 STEPS = {**QUICK, "reconstruct_steps": 3}
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def digest(folder: Path) -> str:
@@ -59,6 +53,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     uptrain.convert(MODEL, folder, 2, **STEPS)
     torch.set_num_threads(threads)
     return folder
+
+
+def test_the_record_says_how_much_text_was_used(finished: Path, tmp_path: Path) -> None:
+    record = json.loads((finished / "uptrain.json").read_text())
+    assert record["calibration"]["tokens"] == QUICK["calibration_tokens"]
+    assert record["calibration_used"] == {"tokens": 2048, "reconstruct_steps": 3}
+    found = uptrain.convert(MODEL, tmp_path / "few", 2, **{**QUICK, "calibration_tokens": 10})
+    assert found["calibration"]["tokens"] == 10
+    assert found["calibration_used"] == {"tokens": 256, "reconstruct_steps": 6}
+    assert "256 tokens of `books-train.jsonl`" in (tmp_path / "few" / "README.md").read_text()
 
 
 def test_each_step_lowers_the_loss(tmp_path: Path) -> None:

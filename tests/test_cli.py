@@ -182,6 +182,16 @@ def test_inspect_lists_the_possible_counts(source: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "option",
+    ["--calibration-tokens=9", "--no-refit", "--reconstruct-steps=0", "--activation-bytes=1GB"],
+)
+def test_options_of_a_calibration_need_one(option: str, tmp_path: Path) -> None:
+    result = invoke("convert", "a", tmp_path / "b", "--num-key-value-heads", 2, option)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{option.partition('=')[0]} needs --calibration" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--decode-batches", "1,16"], "--decode-batches needs --decode"),

@@ -23,7 +23,10 @@ from uptrain.conversion.stacks import find_stacks
 from uptrain.conversion.verify import verify
 from uptrain.conversion.walk import Walk
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the model classes themselves
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # of the model classes themselves
+]
 
 DATA = Path(__file__).parent.parent / "examples" / "books-train.jsonl"
 OPTIONS: dict[str, Any] = {"calibration": DATA, "calibration_tokens": 1024, "device": "cpu"}
@@ -33,14 +36,6 @@ FAST = [
     "gemma4", "gemma4_text:keys-are-values", "zamba", "zamba2", "moshi", "inkling_text", "doge",
     "stablelm:norms", "qwen4_exp_text", "molmo2", "ernie4_5_vl_moe",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_reader(name: str, folder: Path) -> Path:
@@ -143,13 +138,11 @@ def test_what_attends_to_something_else_is_merged_without_a_trace(
 @pytest.mark.parametrize("copies", [1, 2])
 def test_a_block_that_layers_share_stays_one(copies: int, tmp_path: Path) -> None:
     source = make_reader("zamba", tmp_path / "source")
-    path = source / "model.safetensors"
-    before = safetensors.torch.load_file(path)
-    shared = [name for name in before if ".shared_transf." in name]
-    assert {name.split(".")[2] for name in shared} == {"1"}
     if copies == 2:
-        before |= {n.replace("layers.1.", "layers.3."): before[n].clone() for n in shared}
-        safetensors.torch.save_file(before, path, {"format": "pt"})
+        make_two_copies(source)
+    before = safetensors.torch.load_file(source / "model.safetensors")
+    shared = [name for name in before if ".layers.1.shared_transf." in name]
+    assert (shared[0].replace("layers.1.", "layers.3.") in before) == (copies == 2)
     uptrain.convert(source, tmp_path / "target", 2, **OPTIONS, reconstruct_steps=3)
     after = safetensors.torch.load_file(tmp_path / "target" / "model.safetensors")
     assert after.keys() == before.keys()
@@ -166,12 +159,32 @@ def test_a_block_that_layers_share_stays_one(copies: int, tmp_path: Path) -> Non
         assert not torch.equal(after[linear], before[linear])
 
 
-@pytest.mark.parametrize("name", ["zamba", "molmo2", "gemma4_text"])
-def test_an_interrupted_calibration_goes_on_to_the_same_bytes(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def make_two_copies(source: Path) -> None:
+    """Store zamba's shared block with each of its layers."""
+    path = source / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    shared = {name: tensor for name, tensor in tensors.items() if ".shared_transf." in name}
+    tensors |= {n.replace("layers.1.", "layers.3."): t.clone() for n, t in shared.items()}
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(
+            (name, {**OPTIONS, "reconstruct_steps": 3})
+            for name in ("zamba", "molmo2", "gemma4_text")
+        ),
+        ("zamba", {"method": "factorize"}),
+    ],
+    ids=["zamba", "molmo2", "gemma4_text", "zamba, twice in the file, no text"],
+)
+def test_interrupted_work_goes_on_to_the_same_bytes(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = make_reader(name, tmp_path / "source")
-    options = {**OPTIONS, "reconstruct_steps": 3}
+    if "method" in options:
+        make_two_copies(source)
     uptrain.convert(source, tmp_path / "whole", 2, **options)
     layer = Walk._layer
     last = {"zamba": 3}.get(name, 1)

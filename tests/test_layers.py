@@ -39,7 +39,7 @@ ORDER = [
     "training.log", "training.watch", "training.guard", "training.processes",
     "training.head", "training.loss", "training.objective", "training.trainable",
     "training.optimizer", "training.flops", "training.shard", "training.memory", "training.models",
-    "training.saved", "training.parts", "training.export", "training.state", "training.setup", "training.step",
+    "training.saved", "training.parts", "training.export", "training.state", "training.inputs", "training.setup", "training.step",
     "training.loop",
     "report.runs", "report.text", "report.canvas", "report.recovery", "report.plots",
     "report.evaluated", "report.sections", "report.making", "report.summary", "report.page", "report",

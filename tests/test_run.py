@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_run import make_recipe, make_source
 
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, UptrainError
 from uptrain.evaluation import bandwidth, decode
 from uptrain.run import run
 from uptrain.training.recipe import Recipe
@@ -50,6 +51,29 @@ def test_decoding_is_measured_once_and_all_else_of_both(recipe: Recipe) -> None:
     other = recipe.evaluate.model_copy(update={"decode_batches": [1]})
     again = run(recipe.model_copy(update={"evaluate": other}))["evaluations"]
     assert [row["batch"] for row in again["final"]["decode"]] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "message"),
+    [
+        ("data", {"validation": "gone.jsonl"}, "gone.jsonl"),
+        ("data", {"train": [{"path": "gone.txt"}]}, "gone.txt"),
+        ("train", {"teacher": "gone"}, "gone"),
+        ("train", {"batch_tokens": 7}, "train.batch_tokens=7"),
+        ("train", {"sequence_length": 10**6}, "train.sequence_length=1000000"),
+        ("evaluate", {"data": "gone.jsonl"}, "gone.jsonl"),
+        ("evaluate", {"max_tokens": 1}, "max_tokens=1"),
+        ("evaluate", {"sequence_length": 10**6}, "sequence_length=1000000"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_first(
+    section: str, changed: dict[str, Any], message: str, recipe: Recipe
+) -> None:
+    content = recipe.model_dump(mode="json", exclude_unset=True)
+    wrong = Recipe.model_validate(content | {section: content[section] | changed})
+    with pytest.raises(UptrainError, match=message):
+        run(wrong)
+    assert not Path(recipe.output).exists()
 
 
 def test_a_report_folder_that_cannot_be_made(recipe: Recipe) -> None:

@@ -22,6 +22,8 @@ from uptrain.training import processes
 from uptrain.training import shard as sharding
 from uptrain.training import state as states
 from uptrain.training.export import export_checkpoint
+from uptrain.training.models import Place, Source, load_objective
+from uptrain.training.options import TrainOptions
 from uptrain.training.saved import SavedState, find_states
 from uptrain.training.shard import fill, gather, load_on_main, make_mesh, shard
 from uptrain.training.state import StateWriter, load_state
@@ -251,6 +253,39 @@ def test_fewer_rows_than_processes(tmp_path):
     (chained, _), *_ = in_processes(4, small, tmp_path / "chained", 2)
     expected = [small(tmp_path / "straight", step)[0] for step in range(3)][-1]
     torch.testing.assert_close(chained, expected)
+
+
+def checkpointed(folder: Path, count: int) -> int:
+    """Count how often layers that are compiled and checkpointed are run through the checkpoint."""
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    source = open_checkpoint(folder)
+    options = TrainOptions(
+        steps=1, learning_rate=1.0, batch_tokens=1, compile=True, gradient_checkpointing=True
+    )
+    place = Place(CPU, make_mesh(CPU, count), is_bfloat16=False)
+    objective, _ = load_objective(Source(source, load_config(source)), None, options, place)
+    calls = 0
+
+    def counted(act: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return act(*arguments, **options)
+
+        return run
+
+    objective.train()
+    for layer in objective.model.model.layers:
+        layer._gradient_checkpointing_func = counted(layer._gradient_checkpointing_func)
+    tokens = batch(0)
+    objective(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    return calls
+
+
+def test_layers_that_are_sharded_and_compiled_are_checkpointed_all_the_same(tmp_path):
+    source = make_source(tmp_path / "source", vocab_size=VOCABULARY)
+    layers = open_checkpoint(source).config["num_hidden_layers"]
+    assert in_processes(2, checkpointed, source, 2) == [layers] * 2
 
 
 def test_layers_are_joined_until_they_are_worth_gathering(monkeypatch):

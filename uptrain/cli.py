@@ -208,6 +208,9 @@ def convert(
     as_json: bool,
 ) -> None:
     """Merge the KV heads of checkpoint SOURCE (a folder or a hub id) into TARGET."""
+    of_text = ("calibration_tokens", "no_refit", "reconstruct_steps", "activation_bytes")
+    for option in of_text if calibration is None else ():
+        _check_not_given(option, "calibration")
     from uptrain.conversion.convert import convert
 
     result = convert(
@@ -357,17 +360,15 @@ def finetune(recipe: str, overrides: Sequence[str], resume: bool, as_json: bool)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for evaluation.json.")
 @trust_option
 @json_option
-@click.pass_context
-def evaluate(ctx: click.Context, /, model: str, data: Path, as_json: bool, **options: Any) -> None:
+def evaluate(model: str, data: Path, as_json: bool, **options: Any) -> None:
     """Measure the loss of MODEL on text, and how far it is from a reference."""
     for option, needed in (
         ("tasks_folder", "tasks"),
         ("decode_batches", "decode"),
         ("decode_contexts", "decode"),
     ):
-        if options[option] and not options[needed]:
-            flags = [f"--{name.replace('_', '-')}" for name in (option, needed)]
-            raise click.UsageError(f"{flags[0]} needs {flags[1]}", ctx)
+        if not options[needed]:
+            _check_not_given(option, needed)
     from uptrain.evaluation.quality import evaluate
     from uptrain.evaluation.tables import evaluation
 
@@ -645,6 +646,14 @@ def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
     width = max((len(label) for label, _ in rows), default=0)
     for label, text in rows:
         click.echo(f"  {label:<{width}}  {text}")
+
+
+def _check_not_given(option: str, needed: str) -> None:
+    """Refuse an option that does nothing without another one."""
+    context = click.get_current_context()
+    if context.get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE:
+        flags = [f"--{name.replace('_', '-')}" for name in (option, needed)]
+        raise click.UsageError(f"{flags[0]} needs {flags[1]}", context)
 
 
 def _print_json(content: dict[str, Any]) -> None:

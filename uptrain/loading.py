@@ -247,3 +247,45 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bar:
             logging.enable_progress_bar()
+
+
+def check_same_vocabulary(
+    checkpoint: Checkpoint,
+    config: "PretrainedConfig",
+    other: Checkpoint,
+    other_config: "PretrainedConfig",
+    trust_remote_code: bool = False,
+    role: str = "reference",
+) -> None:
+    """Refuse two checkpoints whose predictions cannot be compared token by token.
+
+    Args:
+        checkpoint: One of them.
+        config: Its own.
+        other: The other one.
+        other_config: Its own.
+        trust_remote_code: Run the code that their tokenizers bring along.
+        role: What the other one is, for the message.
+
+    Raises:
+        CheckpointError: If their vocabularies differ.
+    """
+    sizes = vocabulary_size(config), vocabulary_size(other_config)
+    same = sizes[0] == sizes[1]
+    found = f"a vocabulary of {sizes[1]} tokens, {checkpoint.name} one of {sizes[0]}"
+    if same and has_tokenizer(other) and not _same_file(checkpoint, other, "tokenizer.json"):
+        vocabularies = [
+            load_tokenizer(each, trust_remote_code).get_vocab() for each in (checkpoint, other)
+        ]
+        same = vocabularies[0] == vocabularies[1]
+        found = f"other tokens than {checkpoint.name}"
+    if not same:
+        raise CheckpointError(
+            f"{other.folder}: the {role} has {found}; only models with one tokenizer can be "
+            "compared token by token"
+        )
+
+
+def _same_file(checkpoint: Checkpoint, other: Checkpoint, name: str) -> bool:
+    paths = checkpoint.folder / name, other.folder / name
+    return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()

@@ -19,10 +19,11 @@ from uptrain.checkpoint.staging import replace_file
 from uptrain.conversion.convert import convert
 from uptrain.conversion.options import make_options
 from uptrain.errors import CheckpointError, RecipeError
-from uptrain.evaluation.quality import evaluate
+from uptrain.evaluation.quality import check_evaluation, evaluate
 from uptrain.report import report
 from uptrain.report.runs import RUN, STAGES
 from uptrain.training import processes
+from uptrain.training.inputs import check_inputs
 from uptrain.training.loop import finetune
 from uptrain.training.options import ConvertOptions, EvaluateOptions
 from uptrain.training.recipe import Recipe
@@ -54,10 +55,15 @@ def run(recipe: Recipe, command: str | None = None) -> dict[str, Any]:
         raise RecipeError(
             f"the recipe has no {missing}: section, which `uptrain run` needs; add it"
         )
-    output = Path(recipe.output)
+    evaluation, output = recipe.evaluate, Path(recipe.output)
     converted, folder = output / "converted", output / "report"
-    make_accelerator(recipe)  # from here on the processes know of each other
+    accelerator = make_accelerator(recipe)  # from here on the processes know of each other
     how = recipe.convert
+    # What a later stage would refuse should not cost the earlier ones.
+    check_inputs(recipe, accelerator)
+    keys = {"data", "max_tokens", "sequence_length", "tasks", "tasks_folder"}
+    asked = evaluation.model_dump(include=keys)
+    processes.in_main(lambda: check_evaluation(recipe.source, **asked))
     note = partial(_note, output / RUN, command)
     processes.in_main(lambda: _convert(recipe.source, converted, how, note))
     training = finetune(recipe.model_copy(update={"source": str(converted)}), resume=True)
@@ -66,16 +72,16 @@ def run(recipe: Recipe, command: str | None = None) -> dict[str, Any]:
     note("uptrain", training["seconds"])
     final = Path(training["final"])
     # The converted checkpoint decodes as fast as the final one, which has its shape.
-    alike = recipe.evaluate.model_copy(update={"decode": False})
+    alike = evaluation.model_copy(update={"decode": False})
     evaluations = {
         name: _evaluate(model, recipe.source, options, folder / f"{name}.json", note)
         for name, model, options in (
             ("converted", converted, alike),
-            ("final", final, recipe.evaluate),
+            ("final", final, evaluation),
         )
     }
-    for model, evaluation in ((converted, evaluations["converted"]), (final, evaluations["final"])):
-        card = model_card(read_json(model / RECORD), evaluation)
+    for model, found in ((converted, evaluations["converted"]), (final, evaluations["final"])):
+        card = model_card(read_json(model / RECORD), found)
         replace_file(model / MODEL_CARD, card.encode())
     return {
         "converted": str(converted),

@@ -192,7 +192,8 @@ def _making(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if rewrite := record.get("rewrite"):
         yield "architecture", f"{rewrite['source']} rewritten as {rewrite['target']}"
     if calibration := record.get("calibration"):
-        yield "calibration", f"{calibration['tokens']:,} tokens of {code(calibration['data'])}"
+        tokens = (record.get("calibration_used") or calibration)["tokens"]
+        yield "calibration", f"{tokens:,} tokens of {code(calibration['data'])}"
     uptraining = record.get("uptraining")
     if uptraining is None:
         yield "uptraining", "none yet"

@@ -25,7 +25,7 @@ from uptrain.progress import progress
 
 def merge_layers(
     plan: Plan, options: Options, partial: Path, code: Path | None = None
-) -> list[LayerReport]:
+) -> tuple[list[LayerReport], dict[str, int] | None]:
     """Merge and repair all layers; each becomes a file in `partial`.
 
     Args:
@@ -36,7 +36,8 @@ def merge_layers(
         code: The checkpoint's folder if its own Python code may be executed.
 
     Returns:
-        A report for each layer.
+        A report for each layer; and of a calibration the `tokens` that its layers were given and the
+        `reconstruct_steps` of each, of the decoder's if there are two lists.
 
     Raises:
         UnsupportedFamilyError: If the layers cannot be taken apart.
@@ -51,11 +52,14 @@ def merge_layers(
         sample = sample.first(max(1, MOMENT_TOKENS // sample.tokens.shape[1]))
     open_partial(partial, fingerprint(plan, options, sample.tensors if sample is not None else ()))
     reports: list[LayerReport] = []
+    used = None
     try:
         for walk in _walks(plan, options, partial, device, sample, code):
             with progress("calibrate", len(walk) * max(1, walk.steps), "steps") as advance:
                 reports += walk.run(advance)
-        return reports
+            if walk.streams is not None:
+                used = {"tokens": walk.streams.tokens, "reconstruct_steps": walk.steps}
+        return reports, used
     except torch.OutOfMemoryError as error:
         raise UptrainError(
             f"device {device}: its memory is too small for a layer and the activations; lower "

@@ -146,9 +146,10 @@ def convert(
     partial = side_folders(Path(os.path.abspath(target)))[2]
     with staged_folder(target, overwrite) as folder:
         layers: list[LayerReport] = []
+        used = None
         if by_layer:
             try:
-                layers = merge_layers(plan, options, partial, code)
+                layers, used = merge_layers(plan, options, partial, code)
             finally:
                 if not finished_tensors(partial):  # nothing to go on from
                     shutil.rmtree(partial, ignore_errors=True)
@@ -166,12 +167,13 @@ def convert(
             files = write_tensors(folder, plan.specs, data, max_shard_bytes, advance)
         files[CONFIG] = write_json(folder / CONFIG, plan.config)
         files |= copy_companions(checkpoint, folder)
-        record = _record(plan, options, layers, sorted(changed), files)
+        record = _record(plan, options, layers, used, sorted(changed), files)
         write_json(folder / RECORD, record)
         write_bytes(folder / MODEL_CARD, model_card(record).encode())
     if layers:
         result["tensors"] = {"changed": len(changed), "copied": len(plan.specs) - len(changed)}
         result["layers"] = [asdict(layer) for layer in layers]
+        result["calibration_used"] = used
     return result
 
 
@@ -211,6 +213,7 @@ def _record(
     plan: Plan,
     options: Options,
     layers: list[LayerReport],
+    used: dict[str, int] | None,
     changed: list[str],
     files: dict[str, str],
 ) -> dict[str, Any]:
@@ -232,6 +235,7 @@ def _record(
         },
         "rewrite": describe_rewrite(checkpoint, plan.num_key_value_heads),
         **options.describe(),
+        "calibration_used": used,
         "layers": [asdict(layer) for layer in layers],
         "changed": changed,
         "versions": {

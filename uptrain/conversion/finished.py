@@ -100,7 +100,9 @@ def _is_usable(partial: Path, wanted: dict[str, Any]) -> bool:
     try:
         finished_tensors(partial)
         reports = [LayerReport(**read_json(path)) for path in partial.glob("layer-*.json")]
-        is_whole = all(layer_path(partial, r.layer).is_file() for r in reports if r.groups)
+        is_whole = all(
+            layer_path(partial, r.layer).is_file() for r in reports if r.groups or r.error
+        )
         return is_whole and read_json(partial / _MANIFEST) == json.loads(json.dumps(wanted))
     except (CheckpointError, TypeError, ValueError) as error:
         if isinstance(error.__cause__, OSError):

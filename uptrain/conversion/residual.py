@@ -100,6 +100,11 @@ class ResidualStreams:
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
             return stream.run(layer, index, hidden, encoded, self._inputs[rows])
 
+    @property
+    def tokens(self) -> int:
+        """Positions that the layers are given."""
+        return self.original.shape[0] * self.original.shape[1]
+
     def batches(self) -> list[slice]:
         """Cut the sequences in batches."""
         starts = range(0, len(self.original), self.batch)

@@ -170,9 +170,14 @@ class Walk:
             advance: Progress, in layers.
         """
         found: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
+        seen: set[str] = set()
         for index in range(len(self.source)):
-            source = self.source.layer(index)
+            source, shared = self.source.layer(index), self.source.shared(index)
+            known = {name for name, first in shared.items() if first in seen}
+            seen |= {*shared.values()}
             for names in self.blocks.get(index, ()):
+                if names.is_among(known):  # counted where it first stands
+                    continue
                 parts, freedom = self._examine(index, names, source)
                 losses = Losses(parts, freedom, *self._moments(source, index, names))
                 for count in counts:

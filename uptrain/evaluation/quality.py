@@ -12,7 +12,7 @@ import torch
 
 from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.checkpoint.staging import replace_file
-from uptrain.errors import CheckpointError, DataError, UnsupportedFamilyError, UptrainError
+from uptrain.errors import DataError, UnsupportedFamilyError, UptrainError
 from uptrain.evaluation.blocks import read_blocks
 from uptrain.evaluation.continuations import continue_prompts
 from uptrain.evaluation.copying import measure_copying
@@ -23,13 +23,12 @@ from uptrain.evaluation.tasks import check_tasks, run_tasks
 from uptrain.families.head_tensors import kv_cache_bytes_per_token
 from uptrain.families.registry import checkpoint_dtype, read_heads
 from uptrain.loading import (
+    check_same_vocabulary,
     context_length,
-    has_tokenizer,
     load_config,
     load_model,
     load_tokenizer,
     pick_device,
-    vocabulary_size,
 )
 
 if TYPE_CHECKING:
@@ -176,6 +175,35 @@ def evaluate(
     return result
 
 
+def check_evaluation(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    max_tokens: int | None = None,
+    sequence_length: int | None = None,
+    tasks: Sequence[str] = (),
+    tasks_folder: str | os.PathLike[str] | None = None,
+) -> None:
+    """Refuse what `evaluate` would refuse of these, before there is a model to evaluate.
+
+    Args:
+        model: The original of what will be evaluated: context and tokenizer are the same.
+        data: As for `evaluate`.
+        max_tokens: Likewise.
+        sequence_length: Likewise.
+        tasks: Likewise.
+        tasks_folder: Likewise.
+
+    Raises:
+        CheckpointError, UnsupportedFamilyError, DataError, UptrainError: As `evaluate`.
+    """
+    if tasks:
+        check_tasks(tasks, tasks_folder)
+    checkpoint = open_checkpoint(model)
+    length = _block_length(checkpoint, load_config(checkpoint), sequence_length, max_tokens)
+    next(read_blocks(Path(data), load_tokenizer(checkpoint), length, max_tokens, 1))
+
+
 def _describe_long(tally: Tally, length: int) -> dict[str, Any]:
     found = tally.summary()
     kept = ("loss", "reference_loss", "loss_increase", "kl", "tokens")
@@ -229,48 +257,6 @@ def _block_length(
             "raise --max-tokens or lower --sequence-length"
         )
     return length
-
-
-def check_same_vocabulary(
-    checkpoint: Checkpoint,
-    config: "PretrainedConfig",
-    other: Checkpoint,
-    other_config: "PretrainedConfig",
-    trust_remote_code: bool = False,
-    role: str = "reference",
-) -> None:
-    """Refuse two checkpoints whose predictions cannot be compared token by token.
-
-    Args:
-        checkpoint: One of them.
-        config: Its own.
-        other: The other one.
-        other_config: Its own.
-        trust_remote_code: Run the code that their tokenizers bring along.
-        role: What the other one is, for the message.
-
-    Raises:
-        CheckpointError: If their vocabularies differ.
-    """
-    sizes = vocabulary_size(config), vocabulary_size(other_config)
-    same = sizes[0] == sizes[1]
-    found = f"a vocabulary of {sizes[1]} tokens, {checkpoint.name} one of {sizes[0]}"
-    if same and has_tokenizer(other) and not _same_file(checkpoint, other, "tokenizer.json"):
-        vocabularies = [
-            load_tokenizer(each, trust_remote_code).get_vocab() for each in (checkpoint, other)
-        ]
-        same = vocabularies[0] == vocabularies[1]
-        found = f"other tokens than {checkpoint.name}"
-    if not same:
-        raise CheckpointError(
-            f"{other.folder}: the {role} has {found}; only models with one tokenizer can be "
-            "compared token by token"
-        )
-
-
-def _same_file(checkpoint: Checkpoint, other: Checkpoint, name: str) -> bool:
-    paths = checkpoint.folder / name, other.folder / name
-    return all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def _describe(

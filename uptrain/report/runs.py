@@ -152,7 +152,7 @@ def _pick_conversion(record: Mapping[str, Any]) -> dict[str, Any]:
         "grouping",
         "seed",
     )
-    more = ("calibration", "rewrite", "architecture", "encoder")
+    more = ("calibration", "calibration_used", "rewrite", "architecture", "encoder")
     picked = {key: record[key] for key in (*keys, *more) if key in record}
     source = record.get("source")
     return {"source": source.get("name") if isinstance(source, dict) else source, **picked}

@@ -129,7 +129,8 @@ def _serving(serving: Mapping[str, Any] | None) -> Section | None:
 
 
 def _cost(run: Mapping[str, Any]) -> Section | None:
-    calibration = (run["conversion"] or {}).get("calibration") or {}
+    conversion = run["conversion"] or {}
+    calibration = conversion.get("calibration_used") or conversion.get("calibration") or {}
     training = run["training"] or {}
     stages = dict(run["stages"])
     if training.get("seconds"):
