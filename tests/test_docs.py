@@ -151,7 +151,7 @@ def small(command: Command) -> list[str]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder where the names that the pages use stand for the example and its text."""
     for name in ("examples", "docs", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -201,11 +201,11 @@ def stand_in(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_commands_of_a_page_run(name: str, workplace: Path) -> None:
+def test_the_commands_of_a_page_run(name: str, user_folder: Path) -> None:
     """In the order of the page, in one folder; what is marked as not run is parsed."""
     page = PAGES[name].read_text("utf-8")
     if name == "guide-7b.md":
-        hollow_checkpoint(DOCS / "shapes" / "llama2-7b", workplace / "Llama-2-7b-hf")
+        hollow_checkpoint(DOCS / "shapes" / "llama2-7b", user_folder / "Llama-2-7b-hf")
     for command in commands(page):
         check(command.words, command.executed)
         if not command.executed or command.words[0] != "uptrain":

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -58,9 +59,31 @@ def finished_tensors(partial: Path) -> dict[str, TensorEntry]:
     return found
 
 
-def layer_path(partial: Path, layer: int) -> Path:
-    """Where a finished layer is written."""
-    return partial / f"layer-{layer:05d}.safetensors"
+def save_layer(partial: Path, layer: int, tensors: dict[str, Tensor]) -> None:
+    """Write the tensors of a finished layer, by name in the files."""
+    replace_file(_path(partial, layer), safetensors.torch.save(tensors))
+
+
+def load_layer(partial: Path, layer: int) -> dict[str, Tensor]:
+    """Read what `save_layer` wrote; empty where no tensor was changed."""
+    path = _path(partial, layer)
+    return safetensors.torch.load_file(path) if path.is_file() else {}
+
+
+def save_report(partial: Path, report: LayerReport) -> None:
+    """Write a report, by which its layer is finished."""
+    content = json.dumps(asdict(report)) + "\n"
+    replace_file(_path(partial, report.layer, ".json"), content.encode())
+
+
+def load_report(partial: Path, layer: int) -> LayerReport | None:
+    """Read the report of a finished layer; None if it is not."""
+    path = _path(partial, layer, ".json")
+    return LayerReport(**read_json(path)) if path.is_file() else None
+
+
+def _path(partial: Path, layer: int, ending: str = ".safetensors") -> Path:
+    return partial / f"layer-{layer:05d}{ending}"
 
 
 def fingerprint(plan: Plan, options: Options, data: Iterable[Tensor]) -> dict[str, Any]:
@@ -100,9 +123,7 @@ def _is_usable(partial: Path, wanted: dict[str, Any]) -> bool:
     try:
         finished_tensors(partial)
         reports = [LayerReport(**read_json(path)) for path in partial.glob("layer-*.json")]
-        is_whole = all(
-            layer_path(partial, r.layer).is_file() for r in reports if r.groups or r.error
-        )
+        is_whole = all(_path(partial, r.layer).is_file() for r in reports if r.groups or r.error)
         return is_whole and read_json(partial / _MANIFEST) == json.loads(json.dumps(wanted))
     except (CheckpointError, TypeError, ValueError) as error:
         if isinstance(error.__cause__, OSError):

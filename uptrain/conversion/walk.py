@@ -5,19 +5,15 @@ the converted model as far as it is converted. A finished layer is written down 
 interrupted work goes on behind the last finished one.
 """
 
-import json
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from uptrain.checkpoint.files import read_json
-from uptrain.checkpoint.staging import replace_file
-from uptrain.conversion import repair
+from uptrain.conversion import finished, repair
 from uptrain.conversion.attention import (
     AttentionHeads,
     AttentionNames,
@@ -26,7 +22,7 @@ from uptrain.conversion.attention import (
     write_heads,
 )
 from uptrain.conversion.encoder import Encoded, encode, encoded_by, unseen
-from uptrain.conversion.finished import LayerReport, layer_path
+from uptrain.conversion.finished import LayerReport
 from uptrain.conversion.freedom import Freedom, find_freedom, noisy, rotary_dims
 from uptrain.conversion.merge import Losses, Merged, merge_beside, merge_heads
 from uptrain.conversion.moments import Moments, balanced_signs, input_moments
@@ -145,9 +141,9 @@ class Walk:
         self.advance = advance
         reports: list[LayerReport] = []
         for index in range(len(self.source)):
-            report_path = self.partial / f"layer-{self.first + index:05d}.json"
-            if report_path.is_file():
-                reports.append(LayerReport(**read_json(report_path)))
+            done = finished.load_report(self.partial, self.first + index)
+            if done is not None:
+                reports.append(done)
                 advance(max(1, self.steps), f"layer {index}, done before")
                 # A block that layers share is merged with the first of them.
                 if self.streams is not None or self.target.shared(index):
@@ -155,10 +151,8 @@ class Walk:
                 if self.streams is not None:
                     self.streams.move(index, self.source.layer(index), layer)
                 continue
-            report = self._layer(index)
-            content = json.dumps(asdict(report)) + "\n"
-            replace_file(report_path, content.encode())
-            reports.append(report)
+            reports.append(self._layer(index))
+            finished.save_report(self.partial, reports[-1])
         return reports
 
     @torch.no_grad()
@@ -284,8 +278,7 @@ class Walk:
         return report
 
     def _load_done(self, index: int) -> nn.Module:
-        path = layer_path(self.partial, self.first + index)
-        done = safetensors.torch.load_file(path) if path.is_file() else {}
+        done = finished.load_layer(self.partial, self.first + index)
         shared = self.target.shared(index).items()
         replaced = {n: self._finished[first] for n, first in shared if first in self._finished}
         layer = self.target.layer(index, replaced | self.target.from_files(index, done))
@@ -327,6 +320,6 @@ class Walk:
         """
         before, state = source.state_dict(), layer.state_dict()
         changed = {n for n, t in state.items() if n not in before or not torch.equal(t, before[n])}
-        path = layer_path(self.partial, self.first + index)
-        replace_file(path, safetensors.torch.save(self.target.to_files(index, state, changed)))
+        tensors = self.target.to_files(index, state, changed)
+        finished.save_layer(self.partial, self.first + index, tensors)
         self._keep_shared(index, layer)
