@@ -45,7 +45,8 @@ COMMANDS_HEAD = """# Command line
 
 Written by `python docs/make_reference.py` from the commands themselves; `uptrain COMMAND --help` says the same.
 
-* Results go to standard output, progress to standard error; `--json` prints exactly one JSON object.
+* Results go to standard output, progress to standard error; `--json` prints exactly one JSON object, and
+  nothing on an error (what `verify` finds is none).
 * Exit codes: 0 done; 1 an error of data or machine, in one line ([Troubleshooting](troubleshooting.md));
   2 wrong usage or recipe; 130 interrupted, with everything resumable.
 * `uptrain --debug COMMAND` shows the traceback of an error, `uptrain --version` the version.

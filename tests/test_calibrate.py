@@ -20,7 +20,13 @@ from uptrain.conversion import calibrate, repair
 from uptrain.conversion.options import make_options
 from uptrain.conversion.stream import LayerStream
 from uptrain.conversion.verify import verify
-from uptrain.errors import CheckpointError, DataError, UnsupportedFamilyError, UptrainError
+from uptrain.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    OptionError,
+    UnsupportedFamilyError,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MODEL, TEXT = EXAMPLES / "books-1m", EXAMPLES / "books-train.jsonl"
@@ -137,13 +143,42 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
 
     monkeypatch.setattr(repair, "repair_layer", stop)
     target = tmp_path / "target"
-    with pytest.raises(KeyboardInterrupt):
+    said = f"interrupted; the same command goes on behind the layers in {partial_of(target)}"
+    with pytest.raises(Interrupted, match=f"^{re.escape(said)}$"):
         uptrain.convert(MODEL, target, 2, **STEPS)
     alive[""] = False
     assert not target.exists()
     assert (partial_of(target) / "layer-00001.json").is_file()
     assert not (partial_of(target) / "layer-00002.json").exists()
     return target, repaired
+
+
+def test_before_the_first_layer_nothing_is_left_of_interrupted_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(repair, "repair_layer", stop)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain.convert(MODEL, tmp_path / "target", 2, **STEPS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_layers_are_kept_when_writing_is_interrupted(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch:
+        patch.setattr("uptrain.conversion.convert.write_tensors", stop)
+        with pytest.raises(Interrupted, match=r"goes on behind the layers in .*partial$"):
+            uptrain.convert(MODEL, target, 2, **STEPS)
+    monkeypatch.setattr(repair, "repair_layer", stop)  # nothing is repaired anew
+    uptrain.convert(MODEL, target, 2, **STEPS)
+    assert digest(target) == digest(finished)
 
 
 def test_interrupted_work_goes_on_behind_its_last_layer(
@@ -338,7 +373,7 @@ def test_less_text_than_wanted_is_used_and_said(
     ],
 )
 def test_choices_that_make_no_sense(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UptrainError, match=message):
+    with pytest.raises(OptionError, match=message):
         make_options(**options)
 
 
@@ -389,12 +424,17 @@ def test_a_dry_run_without_text_reads_one_layer(
     result = uptrain.convert(MODEL, tmp_path / "target", 2, method="factorize", dry_run=True)
     assert set(loaded) == {0}
     assert "choices" not in result
+    assert result["tensors"] is None
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("count", [2, 8])
 def test_a_dry_run_says_what_each_number_of_heads_discards(count: int, tmp_path: Path) -> None:
     result = uptrain.convert(MODEL, tmp_path / "target", count, **QUICK, dry_run=True)
+    is_merged = count != 8
+    assert (result["tensors"] is None) is is_merged
+    weights, copied = result["weight_bytes"]["target"], result["disk_bytes"]
+    assert (2 if is_merged else 1) * weights < copied < (3 if is_merged else 2) * weights
     choices = result["choices"]
     assert [choice["num_key_value_heads"] for choice in choices] == [8, 4, 2, 1]
     for part in ("value", "key"):

@@ -17,6 +17,8 @@ from tiny_run import make_recipe, make_source
 
 import uptrain
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,6 +44,14 @@ def test_a_count_that_does_not_divide(source: Path, tmp_path: Path) -> None:
     result = invoke("convert", source, tmp_path / "target", "--num-key-value-heads", "3")
     finding = "num_key_value_heads=3: cannot be had from the 4 KV heads of source; choose one of 1,"
     assert_one_line(result, Path("source"), f"{finding} 2, 4")
+    assert names(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("options", [["--grouping", "search"], ["--encoder"]])
+def test_choices_that_exclude_each_other(options: list[str], source: Path, tmp_path: Path) -> None:
+    result = invoke("convert", source, tmp_path / "target", *TO_2, *options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"uptrain: {options[0].strip('-')}")
     assert names(tmp_path) == ["source"]
 
 
@@ -150,6 +160,11 @@ def test_a_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert "(dry run, nothing written)" in result.stdout
     assert re.search(r"needs +0\.5 MiB of disk, 0\.1 MiB for tensors", result.stdout)
     assert names(tmp_path) == ["source"]
+
+
+def test_a_copy_is_called_one(source: Path, tmp_path: Path) -> None:
+    result = invoke("convert", source, tmp_path / "target", "--num-key-value-heads", "4")
+    assert re.search(r"KV heads +4 → 4, unchanged: there is nothing to merge\n", result.stdout)
 
 
 def test_json_is_one_object(source: Path, tmp_path: Path) -> None:
@@ -323,6 +338,22 @@ def test_every_error_is_one_line(
 
 
 # As a program.
+
+
+def test_sigterm_ends_a_conversion_as_ctrl_c_does(tmp_path: Path) -> None:
+    """With a word, and nothing half written."""
+    code = (
+        "import os, signal; from uptrain.cli import main; from uptrain.conversion import repair; "
+    )
+    code += "repair.repair_layer = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM); main()"
+    model, text = EXAMPLES / "books-1m", EXAMPLES / "books-train.jsonl"
+    options = ["--calibration", text, "--calibration-tokens", "512", "--device", "cpu"]
+    command = [sys.executable, "-c", code, "convert", model, tmp_path / "target", *TO_2, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    lines = done.stderr.splitlines()
+    assert lines[-1] == "uptrain: interrupted; nothing was left half done"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:

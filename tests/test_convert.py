@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import uptrain
 from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.conversion.pooling import pool_heads
-from uptrain.errors import CheckpointError, HeadCountError, UptrainError
+from uptrain.errors import CheckpointError, HeadCountError, OptionError, UptrainError
 
 SHARED = {"num_hidden_layers": 2, "attention_bias": True}
 KEY_VALUE = ("k_proj", "v_proj")
@@ -441,6 +441,8 @@ def test_what_a_killed_run_left_counts_as_free(
 
 def test_a_dry_run_writes_nothing(copy: Path, tmp_path: Path) -> None:
     shutil.copy(copy / "model.safetensors", copy / "model.ckpt")
+    with pytest.raises(OptionError, match=r"^encoder: .* is no encoder-decoder; leave it out$"):
+        uptrain.convert(copy, tmp_path / "new" / "target", 2, encoder=True)
     result = uptrain.convert(copy, tmp_path / "new" / "target", 2, dry_run=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert result["num_key_value_heads"] == {"source": 4, "target": 2}

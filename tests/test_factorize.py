@@ -89,7 +89,7 @@ def test_the_error_is_the_discarded_energy(c):
     shared = factorize_value_output(head, out, c)
     tolerance = pytest.approx(shared.discarded_energy, rel=1e-8, abs=1e-9 * shared.energy)
     assert value_error(head, out, shared.value, shared.output, c) == tolerance
-    rotary = factorize_key_query_rotary(head, query, c)
+    rotary = factorize_key_query_rotary(head, query, c, restore_energy=False)
     tolerance = pytest.approx(rotary.discarded_energy, rel=1e-8, abs=1e-9 * rotary.energy)
     assert rotary_error(head, query, rotary.key, rotary.query, c) == tolerance
     full = factorize_key_query_full(head, query, c)
@@ -157,6 +157,31 @@ def test_complex_multiples_of_rotary_pairs_convert_exactly(interleaved, c):
     assert shared.discarded_energy <= 1e-12 * shared.energy
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_scores_of_each_member_keep_their_energy(interleaved):
+    head, _, query = heads()
+    c = moment()
+
+    def score_energies(key, query):
+        """E|q|² E|k|² of each member and pair."""
+        keys, queries = pairs_of(key, interleaved), pairs_of(query, interleaved)
+        found = ((keys @ c.to(keys)) * keys.conj()).sum(-1).real
+        return rotary_query_energy(queries, c) * found
+
+    wanted = score_energies(head, query)
+    least = factorize_key_query_rotary(
+        head, query, c, interleaved=interleaved, restore_energy=False
+    )
+    whole = factorize_key_query_rotary(head, query, c, interleaved=interleaved)
+    kept = score_energies(least.key, least.query) / wanted
+    assert kept.max() <= 1 + 1e-9
+    assert kept.min() < 0.9
+    # A member that hardly resembles the shared pair gets no more than a hundred times the energy.
+    torch.testing.assert_close(
+        score_energies(whole.key, whole.query) / wanted, (100 * kept).clamp(max=1)
+    )
+
+
 def test_a_bias_is_one_more_input():
     """With a constant input, what the weights cannot share the biases still can."""
     tokens = torch.cat((draw(50, INPUTS - 1), torch.ones(50, 1)), 1).double()
@@ -200,6 +225,17 @@ def test_heads_of_zeros_and_a_moment_of_zeros_give_no_nan(c):
         assert torch.isfinite(value.output).all()
         for factorize in (factorize_key_query_rotary, factorize_key_query_full):
             shared = factorize(key, queries, c)
+            assert torch.isfinite(shared.key).all()
+            assert torch.isfinite(shared.query).all()
+
+
+def test_a_member_of_zeros_gives_no_nan():
+    head, _, query = heads()
+    for size in (1e-6, 1, 1e6):
+        key = head * size
+        key[1] = 0
+        for factorize in (factorize_key_query_rotary, factorize_key_query_full):
+            shared = factorize(key, query, moment())
             assert torch.isfinite(shared.key).all()
             assert torch.isfinite(shared.query).all()
 

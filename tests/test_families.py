@@ -24,6 +24,7 @@ from tiny import AUTO_CLASSES, D, H, save, tiny_config, tiny_model
 from transformers import AutoConfig
 
 import uptrain
+from uptrain.checkpoint.reader import open_checkpoint
 from uptrain.errors import HeadCountError, UnsupportedFamilyError
 from uptrain.families import meta, registry
 from uptrain.families.head_tensors import (
@@ -34,6 +35,7 @@ from uptrain.families.head_tensors import (
 )
 from uptrain.families.layouts import join_heads, split_heads
 from uptrain.families.schema import Heads, HeadTensor, Layout
+from uptrain.loading import load_config
 
 LATENT = [
     "axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
@@ -225,6 +227,11 @@ def test_classifiers_and_base_models_convert(architecture: str, tmp_path: Path) 
     uptrain.convert(source, target, 2)
     torch.testing.assert_close(logits(target), logits(source), rtol=0, atol=1e-10)
     layer_names = [name for name in shapes_of(target) if ".k_proj." in name]
+    if "For" in architecture:
+        with pytest.raises(
+            UnsupportedFamilyError, match=f"{architecture} does not continue a text"
+        ):
+            load_config(open_checkpoint(target))
     if architecture.endswith("Model"):  # saved without a prefix
         assert all(name.startswith("layers.") for name in layer_names)
 

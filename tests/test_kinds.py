@@ -22,6 +22,7 @@ from uptrain.conversion.sample import draw_text
 from uptrain.conversion.stacks import find_stacks
 from uptrain.conversion.verify import verify
 from uptrain.conversion.walk import Walk
+from uptrain.errors import Interrupted
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -196,7 +197,7 @@ def test_interrupted_work_goes_on_to_the_same_bytes(
 
     with monkeypatch.context() as patch:
         patch.setattr(Walk, "_layer", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             uptrain.convert(source, tmp_path / "target", 2, **options)
     uptrain.convert(source, tmp_path / "target", 2, **options)
     whole, target = (tmp_path / n / "model.safetensors" for n in ("whole", "target"))

@@ -1,10 +1,12 @@
 """Repairing a layer: the fit, the two residual streams, and what counts as a plain block."""
 
+from itertools import chain, cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from family_list import FAMILIES
 from tiny import save, tiny_config, tiny_model
 from torch import nn
 
@@ -65,9 +67,9 @@ def fit_block(rates: dict[str, float], **options: Any) -> tuple[Block, list[floa
             return float(relative_error(layer(inputs), targets))
 
     before = error()
-    seed = options.pop("seed", 0)
-    fit = Fit(**{"rates": rates, "steps": 60, "batch": 4, "decay": 0.0, **options})
-    fit_layer(layer, layer, inputs, targets, fit, seed=seed, advance=losses.append)
+    fit = Fit(**{"rates": rates, "steps": 60, "decay": 0.0, **options})
+    batches = cycle(torch.arange(16).split(4))
+    fit_layer(layer, layer, inputs, targets, fit, batches, advance=losses.append)
     return layer, losses, before, error()
 
 
@@ -110,20 +112,13 @@ def test_the_pull_leads_back_to_the_start() -> None:
     assert distance(10.0) < 0.5 * distance(0.0)
 
 
-def test_the_seed_orders_the_text() -> None:
-    def weights(seed: int) -> torch.Tensor:
-        return fit_block(WHOLE, seed=seed)[0].second.weight
-
-    assert torch.equal(weights(0), weights(0))
-    assert not torch.equal(weights(0), weights(1))
-
-
 def test_a_tensor_of_zeros_stays() -> None:
     layer = block(0)
     with torch.no_grad():
         layer.first.bias.zero_()
     inputs = draw(4, 5, 12)
-    fit_layer(layer, layer, inputs, inputs, Fit(WHOLE, steps=3, batch=4, decay=0.0))
+    fit = Fit(WHOLE, steps=3, decay=0.0)
+    fit_layer(layer, layer, inputs, inputs, fit, repeat(torch.arange(4)))
     assert not layer.first.bias.any()
 
 
@@ -157,15 +152,16 @@ def test_relative_error() -> None:
 class Layers:
     """A tiny checkpoint's stream, and where its attention is."""
 
-    def __init__(self, folder: Path, model_type: str, **overrides: Any) -> None:
+    def __init__(self, folder: Path, model_type: str, count: int = 2, **overrides: Any) -> None:
         save(tiny_model(tiny_config(model_type, **overrides)).float(), folder)
         checkpoint = open_checkpoint(folder)
-        self.plan = plan_conversion(checkpoint, 2)
+        self.plan = plan_conversion(checkpoint, count)
         ((stack, blocks),) = find_stacks(checkpoint, self.plan.head_tensors, None).items()
         self.stream = LayerStream(checkpoint, checkpoint.config, stack, CPU)
         self.target = LayerStream(checkpoint, self.plan.config, stack, CPU, None, self.stream)
-        self.layer = self.stream.layer(0)
-        self.blocks: tuple[AttentionNames, ...] = blocks[0]
+        self.index = min(blocks)
+        self.layer = self.stream.layer(self.index)
+        self.blocks: tuple[AttentionNames, ...] = blocks[self.index]
         entering = self.stream.embed(torch.arange(1, 25)[None])
         self.probe = entering + draw(*entering.shape) * entering.std()
 
@@ -237,7 +233,7 @@ def test_streams_hold_what_enters_each_layer(tmp_path: Path) -> None:
     streams = ResidualStreams(layers.stream, layers.target, tokens)
     assert streams.original.shape == (6, 16, 64)
     assert torch.equal(streams.original, streams.converted)
-    streams.batch = 2
+    streams.batch = 3
     source = layers.stream.layer(0)
     with torch.no_grad():
         expected = layers.stream.run(source, 0, streams.original)
@@ -260,3 +256,86 @@ def test_sequences_beyond_whole_batches_are_left_out(tmp_path: Path) -> None:
     assert streams.batch == 256
     assert len(streams.original) == 256
     assert streams.some_batches(1) == [slice(0, 256)]
+
+
+def random_tokens(sequences: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, 100, (sequences, length), generator=generator)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the model classes themselves
+@pytest.mark.parametrize("model_type", ["llama", "gpt_bigcode", "gemma4_text", "zamba"])
+def test_every_other_batch_is_read_as_short_texts(model_type: str, tmp_path: Path) -> None:
+    options = dict(FAMILIES[model_type])
+    options["n_positions" if model_type == "gpt_bigcode" else "max_position_embeddings"] = 256
+    layers = Layers(tmp_path, model_type, 1, **options)
+    tokens = random_tokens(32, 256)
+    streams = ResidualStreams(layers.stream, layers.target, tokens)
+    index = layers.index
+    source = layers.stream.layer(index)
+    run = streams.run_source(source, index)
+    with torch.no_grad():
+        for rows, texts in (
+            (slice(0, 16), tokens[:16]),
+            (slice(16, 32), tokens[16:].reshape(64, 64)),
+        ):
+            entering = layers.stream.embed(texts)
+            torch.testing.assert_close(streams.original[rows].view(entering.shape), entering)
+            leaving = layers.stream.run(source, index, entering, None, texts)
+            found = run(streams.original[rows], rows)
+            torch.testing.assert_close(found.view(leaving.shape), leaving)
+            until = run_attention(source, layers.blocks, run)(streams.original[rows], rows)
+            assert until.shape == found.shape
+
+
+def test_the_error_is_that_of_whole_sequences_and_of_short_texts(tmp_path: Path) -> None:
+    layers = Layers(tmp_path, "llama", max_position_embeddings=256)
+    streams = ResidualStreams(layers.stream, layers.target, random_tokens(64, 256))
+    source = layers.stream.layer(0)
+    changed = layers.stream.layer(0, {"self_attn.o_proj.weight": torch.zeros(64, 64)})
+    run, original = streams.run_source(changed, 0), streams.run_source(source, 0)
+    with torch.no_grad():
+        both = [
+            float(
+                relative_error(
+                    run(streams.original[rows], rows), original(streams.original[rows], rows)
+                )
+            )
+            for rows in (slice(0, 16), slice(48, 64))
+        ]
+    assert streams.error(run, original) == pytest.approx(sum(both) / 2, rel=1e-5)
+    assert both[0] != pytest.approx(both[1], rel=1e-3)
+
+
+def test_short_texts_are_not_filled_up(tmp_path: Path) -> None:
+    """A state space model would compute on its chunk size for each of them."""
+    layers = Layers(tmp_path, "llama", max_position_embeddings=256)
+    layers.stream.config.chunk_size = 128
+    streams = ResidualStreams(layers.stream, layers.target, random_tokens(80, 256))
+    assert streams._whole == 80
+
+
+@pytest.mark.parametrize(
+    ("sequences", "length", "whole"), [(80, 256, 48), (16, 256, 16), (80, 128, 64), (80, 250, 80)]
+)
+def test_which_texts_are_cut(sequences: int, length: int, whole: int, tmp_path: Path) -> None:
+    layers = Layers(tmp_path, "llama", max_position_embeddings=256)
+    streams = ResidualStreams(layers.stream, layers.target, random_tokens(sequences, length))
+    assert streams._whole == whole
+
+
+def test_batches_are_drawn_by_seed_and_hold_texts_of_one_length(tmp_path: Path) -> None:
+    layers = Layers(tmp_path, "llama", max_position_embeddings=256)
+    streams = ResidualStreams(layers.stream, layers.target, random_tokens(80, 256))
+    assert (streams.batch, streams._whole) == (16, 48)
+
+    def drawn(seed: int) -> list[list[int]]:
+        return [rows.tolist() for rows in islice(streams.drawn(seed), 10)]
+
+    first = drawn(0)
+    assert first == drawn(0) != drawn(1)
+    for once in (first[:5], first[5:]):
+        assert sorted(chain(*once)) == list(range(80))
+        assert sum(max(rows) < 48 for rows in once) == 3
+        assert sum(min(rows) >= 48 for rows in once) == 2
+    assert first[:5] != first[5:]

@@ -54,13 +54,14 @@ def test_columns_are_aligned() -> None:
 
 
 def test_an_evaluation_alone() -> None:
-    assert evaluation(RESULT).splitlines() == [
+    assert evaluation({**RESULT, "documents": 3}).splitlines() == [
         "gqa",
         "  loss           3.2500 nats a token",
         "  perplexity     25.79",
         "  bits per byte  1.5000",
         "  KV cache       3,072 bytes a token, 4 KV heads",
-        "  measured on    65,536 tokens, 12 documents of books.jsonl, in float32",
+        "  measured on    65,536 tokens, 3 documents of books.jsonl, in float32",
+        "  no intervals   fewer than 5 documents say nothing about others",
     ]
 
 

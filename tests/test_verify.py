@@ -195,6 +195,13 @@ def test_a_damaged_record_is_never_right(
         assert str(target / "uptrain.json") in str(error)  # noqa: PT017
 
 
+def test_another_family_is_not_the_source(source: Path, target: Path, tmp_path: Path) -> None:
+    other = save(tiny_model(tiny_config("qwen2")), tmp_path / "other")
+    assert verify(target, other)["problems"] == [
+        "other is not the source: it is a qwen2, the record says llama"
+    ]
+
+
 def test_what_has_no_record_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no uptrain\.json; expected a checkpoint that"):
         verify(source)

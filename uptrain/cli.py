@@ -5,16 +5,17 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from uptrain import __version__
-from uptrain.errors import Interrupted, RecipeError, UptrainError
+from uptrain.errors import Interrupted, OptionError, RecipeError, UptrainError
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -62,7 +63,7 @@ class Commands(click.Group):
     """The commands, with every error of the library turned into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; exit 1 on an error, 2 on a wrong recipe, 130 when interrupted."""
+        """Run a command; exit 1 on an error, 2 on a wrong choice or recipe, 130 when interrupted."""
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException):
@@ -73,7 +74,7 @@ class Commands(click.Group):
             ctx.exit(1)
         except (KeyboardInterrupt, Interrupted, click.Abort) as error:
             _fail(ctx, str(error) or "interrupted; nothing was left half done", 130)
-        except RecipeError as error:
+        except (OptionError, RecipeError) as error:
             _fail(ctx, str(error), 2)
         except UptrainError as error:
             _fail(ctx, str(error), 1)
@@ -102,6 +103,9 @@ def _fail(ctx: click.Context, message: str, code: int) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Turn multi-head attention checkpoints into grouped-query ones, and win their quality back."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        with suppress(ValueError):  # only the main thread can handle signals
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
     # The libraries' own remarks would bury ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -238,13 +242,19 @@ def convert(
         return
     heads, weights = result["num_key_value_heads"], result["weight_bytes"]
     cache, tensors = result["kv_cache_bytes_per_token"], result["tensors"]
-    kept = result["rewrite"] is None or result["rewrite"]["keeps_tensors"]
+    counted = "those of the layers; how many shows when they are done"
+    if tensors is not None:
+        kept = result["rewrite"] is None or result["rewrite"]["keeps_tensors"]
+        others = "copied byte for byte" if kept else "rewritten"
+        counted = f"{tensors['changed']} changed, {tensors['copied']} {others}"
+    how = "unchanged: there is nothing to merge"
+    if result["group_size"] > 1:
+        how = f"{result['method']}, groups of {result['group_size']} ({result['grouping']})"
     rows = [
         *_rewrite_rows(result["rewrite"]),
         (
             "KV heads",
-            f"{heads['source']} → {heads['target']}, {result['method']}, groups of {result['group_size']} "
-            f"({result['grouping']})",
+            f"{heads['source']} → {heads['target']}, {how}",
         ),
         (
             "KV cache",
@@ -252,11 +262,7 @@ def convert(
             f"({cache['source'] / cache['target']:.3g}× smaller)",
         ),
         ("weights", f"{_mib(weights['source'])} → {_mib(weights['target'])}"),
-        (
-            "tensors",
-            f"{tensors['changed']} changed, {tensors['copied']} "
-            + ("copied byte for byte" if kept else "rewritten"),
-        ),
+        ("tensors", counted),
     ]
     if result["left_out"]:
         rows.append(("left out", ", ".join(result["left_out"]) + " (weights in another format)"))
@@ -264,7 +270,9 @@ def convert(
         rows.append(
             (
                 "needs",
-                f"{_mib(weights['target'])} of disk, {_mib(result['working_memory_bytes'])} for tensors",
+                f"at most {_mib(result['disk_bytes'])} of disk"
+                if tensors is None
+                else f"{_mib(result['disk_bytes'])} of disk, {_mib(result['working_memory_bytes'])} for tensors",
             )
         )
         title = f"{result['source']} → {target} (dry run, nothing written)"
@@ -619,7 +627,9 @@ def _print_layers(layers: Sequence[dict[str, Any]]) -> None:
     steps = list(dict.fromkeys(step for layer in layers for step in layer["error"]))
     heading = "  layer   V discarded   K discarded"
     click.echo(
-        heading + "".join(f"{step:>12}" for step in steps) + ("   relative error" * bool(steps))
+        heading
+        + "".join(f"{step:>12}" for step in steps)
+        + ("   relative error on the calibration text" * bool(steps))
     )
     for layer in layers:
         lost, error = layer["discarded_energy"], layer["error"]

@@ -29,8 +29,12 @@ class RecipeError(UptrainError):
     """A recipe with an unknown key, a wrong type or an impossible value."""
 
 
+class OptionError(UptrainError):
+    """A choice that is unknown, or that another one excludes."""
+
+
 class Interrupted(UptrainError):
-    """The user or the system asked to stop; everything is saved and can be resumed."""
+    """The user or the system asked to stop; what was done is saved and can be resumed."""
 
 
 def one_line(error: object) -> str:

@@ -23,6 +23,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+_OTHER_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -49,8 +50,8 @@ def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "Pre
     """Read a checkpoint's config as transformers understands it.
 
     Raises:
-        UnsupportedFamilyError: If transformers does not know the architecture, or it is an
-            encoder-decoder.
+        UnsupportedFamilyError: If transformers does not know the architecture, or it is none that
+            continues a text.
         CheckpointError: If transformers does not accept a value.
     """
     config = parse_config(checkpoint.config, checkpoint.folder if trust_remote_code else None)
@@ -59,6 +60,12 @@ def load_config(checkpoint: Checkpoint, trust_remote_code: bool = False) -> "Pre
             f"{checkpoint.folder}: {config.model_type} is an encoder-decoder; expected a model "
             "that continues a text"
         )
+    for name in config.architectures or ():
+        if any(task in name for task in _OTHER_TASKS):
+            raise UnsupportedFamilyError(
+                f"{checkpoint.folder}: {name} does not continue a text; expected a causal language model "
+                "(`uptrain verify` checks what was converted)"
+            )
     # A config may ask for a kernel that is not here, or that would be downloaded; the default of
     # the class is sdpa, or eager where attention logits are soft-capped.
     config._attn_implementation = None

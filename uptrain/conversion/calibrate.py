@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from uptrain.conversion.arguments import blank_inputs
-from uptrain.conversion.finished import LayerReport, fingerprint, open_partial
+from uptrain.conversion.finished import LayerReport, fingerprint, open_partial, resumable
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan, plan_conversion
 from uptrain.conversion.residual import MOMENT_TOKENS
@@ -44,6 +44,7 @@ def merge_layers(
         CheckpointError: If a weight or an activation is not finite.
         DataError: If the calibration text cannot be used.
         UptrainError: If the device is missing or its memory too small.
+        Interrupted: If there are finished layers to go on behind.
     """
     device = _device(options)
     sample = _draw(plan, options, code) if options.calibration else None
@@ -54,11 +55,12 @@ def merge_layers(
     reports: list[LayerReport] = []
     used = None
     try:
-        for walk in _walks(plan, options, partial, device, sample, code):
-            with progress("calibrate", len(walk) * max(1, walk.steps), "steps") as advance:
-                reports += walk.run(advance)
-            if walk.streams is not None:
-                used = {"tokens": walk.streams.tokens, "reconstruct_steps": walk.steps}
+        with resumable(partial):
+            for walk in _walks(plan, options, partial, device, sample, code):
+                with progress("calibrate", len(walk) * max(1, walk.steps), "steps") as advance:
+                    reports += walk.run(advance)
+                if walk.streams is not None:
+                    used = {"tokens": walk.streams.tokens, "reconstruct_steps": walk.steps}
         return reports, used
     except torch.OutOfMemoryError as error:
         raise UptrainError(

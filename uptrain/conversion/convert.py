@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ from uptrain.checkpoint.writer import (
     write_tensors,
 )
 from uptrain.conversion.calibrate import check_layers, merge_layers, survey
-from uptrain.conversion.finished import LayerReport, finished_tensors
+from uptrain.conversion.finished import LayerReport, finished_tensors, resumable
 from uptrain.conversion.options import DEFAULT_TOKENS, Options, make_options
 from uptrain.conversion.plan import Plan, plan_conversion
 from uptrain.conversion.pooling import pool_tensor
 from uptrain.conversion.rewritten import as_architecture, describe_rewrite
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, OptionError
 from uptrain.families.carried import loading_class
+from uptrain.families.registry import parse_config
 from uptrain.progress import progress
 
 
@@ -107,6 +108,8 @@ def convert(
         HeadCountError: If the source cannot go to that number of KV heads.
         UnsupportedFamilyError: If the family cannot be converted in this way.
         DataError: If the calibration text cannot be used.
+        OptionError: If a choice is unknown, or excluded by another one or by the source.
+        Interrupted: If Ctrl-C came and there are finished layers to go on behind.
 
     Source: Ainslie et al. 2023, arXiv:2305.13245, section 2.1, and docs/methods.md.
     """
@@ -130,7 +133,10 @@ def convert(
     code = checkpoint.folder if trust_remote_code else None
     checkpoint = as_architecture(checkpoint, architecture, num_key_value_heads, code)
     plan = plan_conversion(checkpoint, num_key_value_heads, code, encoder=encoder)
-    check_room(target, _needed_bytes(plan, options))
+    if encoder and not parse_config(checkpoint.config, code).is_encoder_decoder:
+        raise OptionError(f"encoder: {checkpoint.name} is no encoder-decoder; leave it out")
+    needed = _needed_bytes(plan, options)
+    check_room(target, needed)
     rewrite = describe_rewrite(checkpoint, num_key_value_heads)
     result = {
         **plan.summary(), "rewrite": rewrite, "auto_class": loading_class(plan.config),
@@ -138,6 +144,9 @@ def convert(
     }  # fmt: skip
     by_layer = options.by_layer and plan.group_size > 1
     if dry_run:
+        result["disk_bytes"] = needed
+        if by_layer:
+            result["tensors"] = result["working_memory_bytes"] = None  # the layers decide
         if options.calibration is not None:
             result["choices"] = survey(plan, options, code)
         elif by_layer:
@@ -155,7 +164,11 @@ def convert(
                     shutil.rmtree(partial, ignore_errors=True)
         finished = finished_tensors(partial) if layers else {}
         changed = finished.keys() | plan.head_tensors.keys()
-        with _one_thread(), progress("write", plan.nbytes, "bytes") as advance:
+        with (
+            resumable(partial) if layers else nullcontext(),
+            _one_thread(),
+            progress("write", plan.nbytes, "bytes") as advance,
+        ):
 
             def data(spec: TensorSpec) -> Iterator[memoryview]:
                 if spec.name in finished:
@@ -262,8 +275,8 @@ def _check_apart(source: Path, target: Path) -> None:
 
 
 def _needed_bytes(plan: Plan, options: Options) -> int:
-    """Count what a conversion writes before anything of it can be removed."""
+    """Count what a conversion writes at most before anything of it can be removed."""
     companions = sum(path.stat().st_size for path in plan.checkpoint.companions)
-    # A calibration keeps its finished layers until all are done; reconstruction changes them whole.
-    is_kept = options.calibration and options.reconstruct_steps != 0 and plan.group_size > 1
+    # Finished layers are kept until all are done: whole, or at least what belongs to their attention.
+    is_kept = options.by_layer and plan.group_size > 1
     return plan.nbytes * (2 if is_kept else 1) + companions

@@ -32,6 +32,10 @@ from uptrain.conversion.energy import (
 )
 from uptrain.conversion.rotary import complex_pairs, real_rows
 
+_LEAST_COSINE = 0.1
+"""A member that the shared pair resembles less than this gets at most ten times its least squares."""
+_TINY = torch.finfo(torch.float64).tiny
+
 
 class SharedValue(NamedTuple):
     """A shared V head with the output slices that go with it."""
@@ -107,6 +111,7 @@ def factorize_key_query_rotary(
     *,
     key_moment: Tensor | None = None,
     interleaved: bool = False,
+    restore_energy: bool = True,
 ) -> SharedKey:
     """Share one K head in a group under rotary position embedding.
 
@@ -114,7 +119,9 @@ def factorize_key_query_rotary(
     be any complex multiple of the shared pair, undone on the same pair of the queries. Minimises,
     for each pair, sum_i w_i |(k_i - a_i k') C^(1/2)|^2 with w_i = E|q_i|^2: a rank-1 problem.
     The shared pair's free scale is fixed at the members' mean norm, its phase so that the largest
-    a_i is positive.
+    a_i is positive. Least squares makes scores smaller where the shared pair fits a member badly,
+    and a softmax of smaller scores is flatter; so each a_i is then scaled to give the member's
+    scores their energy back.
 
     Args:
         key: [members, rotary_dim, inputs], the rotary rows of Wk.
@@ -122,9 +129,10 @@ def factorize_key_query_rotary(
         moment: [inputs, inputs], C = E[x x^T] of the block's input, uncentred.
         key_moment: [inputs, inputs], used for the keys in place of `moment`.
         interleaved: Rows 2m and 2m + 1 are a pair (GPT-J), else rows m and m + rotary_dim / 2.
+        restore_energy: Scale the queries so; without, they are those of least squares.
 
     Returns:
-        The shared rows, the new query rows, and the error.
+        The shared rows, the new query rows, and the error of least squares.
 
     Raises:
         ValueError: If the shapes do not belong together or rotary_dim is odd.
@@ -145,8 +153,13 @@ def factorize_key_query_rotary(
     projected = shared @ moment.to(shared.dtype)
     norms = (projected * shared.conj()).sum(-1).real
     inner = torch.einsum("mpi,pi->mp", keys, projected.conj())
-    degenerate = norms <= FLOOR * norms.max().clamp(min=torch.finfo(norms.dtype).tiny)
+    degenerate = norms <= FLOOR * norms.max().clamp(min=_TINY)
     scales = torch.where(degenerate, 1.0, inner / torch.where(degenerate, 1.0, norms))
+    if restore_energy:
+        own = ((keys @ moment.to(keys.dtype)) * keys.conj()).sum(-1).real.clamp(min=0)
+        norms = norms.clamp(min=_TINY)
+        cosine = scales.abs() * (norms / torch.maximum(own, FLOOR * norms)).sqrt()
+        scales = scales / torch.where(degenerate, 1.0, cosine.clamp(_LEAST_COSINE, 1.0))
     scales, shared = _fix_phase(scales, shared)
     target = keys.abs().square().sum(-1).mean(0).sqrt()
     size = shared.abs().square().sum(-1).sqrt()

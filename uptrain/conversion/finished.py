@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from uptrain.checkpoint.staging import replace_file
 from uptrain.checkpoint.tensors import TensorEntry, read_header
 from uptrain.conversion.options import Options
 from uptrain.conversion.plan import Plan
-from uptrain.errors import CheckpointError
+from uptrain.errors import CheckpointError, Interrupted
 
 _MANIFEST = "manifest.json"
+_MATHEMATICS = 2
+"""Raised when a layer becomes another one from the same input: what was finished before is not taken over."""
 
 
 @dataclass
@@ -103,7 +106,7 @@ def fingerprint(plan: Plan, options: Options, data: Iterable[Tensor]) -> dict[st
             if key not in ("calibration", "activation_bytes", "device")
         },
         "data": digests,
-        "versions": [uptrain.__version__, torch.__version__],
+        "versions": [_MATHEMATICS, uptrain.__version__, torch.__version__],
     }
 
 
@@ -115,6 +118,23 @@ def open_partial(partial: Path, wanted: dict[str, Any]) -> None:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     replace_file(partial / _MANIFEST, (json.dumps(wanted) + "\n").encode())
+
+
+@contextmanager
+def resumable(partial: Path) -> Iterator[None]:
+    """Say of work that is interrupted where its finished layers are, if there are any.
+
+    Raises:
+        Interrupted: In the place of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not any(partial.glob("layer-*.json")):
+            raise
+        raise Interrupted(
+            f"interrupted; the same command goes on behind the layers in {partial}"
+        ) from error
 
 
 def _is_usable(partial: Path, wanted: dict[str, Any]) -> bool:

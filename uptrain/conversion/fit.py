@@ -29,8 +29,6 @@ class Fit:
     rates: Mapping[str, float]
     """Step size by parameter name; what is not named stays."""
     steps: int
-    batch: int
-    """Sequences of one step."""
     decay: float
     """Pull back to the start, as a part of the step size."""
     orthogonal: bool = True
@@ -49,9 +47,9 @@ def fit_layer(
     inputs: Tensor,
     targets: Tensor,
     fit: Fit,
+    batches: Iterator[Tensor],
     *,
     loss: Loss = relative_error,
-    seed: int = 0,
     advance: Callable[[float], None] = lambda value: None,
 ) -> None:
     """Fit a layer's weights to its targets, in place.
@@ -62,8 +60,8 @@ def fit_layer(
         inputs: [sequences, length, hidden_size], what enters the layer.
         targets: [sequences, length, hidden_size].
         fit: What is trained, how fast and how long.
+        batches: Which sequences each step takes, without end.
         loss: From output and target to a scalar.
-        seed: Of the order of the sequences.
         advance: Called after each step with its loss.
     """
     parameters = {n: p for n, p in layer.named_parameters() if n in fit.rates}
@@ -76,13 +74,12 @@ def fit_layer(
     others = {n: p for n, p in parameters.items() if n not in orthogonal}
     groups = [{"params": [p], "rate": rates[n]} for n, p in others.items()]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
-    order = _orders(len(inputs), fit.batch, torch.Generator().manual_seed(seed))
     device = next(layer.parameters()).device
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for step in range(fit.steps):
         factor = _schedule(step, fit.steps)
-        chosen = next(order).to(inputs.device)
+        chosen = next(batches).to(inputs.device)
         entering = inputs[chosen].to(device).float()
         value = loss(run(entering, chosen), targets[chosen].to(device).float())
         value.backward()
@@ -134,10 +131,3 @@ def _schedule(step: int, steps: int) -> float:
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * 0.5 * (1 + cos(pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _orders(sequences: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield batches of indices, each sequence once before any is seen again."""
-    while True:
-        order = torch.randperm(sequences, generator=generator)
-        yield from order[: sequences - sequences % batch].split(batch)

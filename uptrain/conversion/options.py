@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from uptrain.conversion.pooling import POOLS
-from uptrain.errors import UptrainError
+from uptrain.errors import OptionError
 
 METHODS = (*POOLS, "align", "factorize")
 GROUPINGS = ("contiguous", "search")
@@ -75,23 +75,23 @@ def make_options(
     """Check the choices of a conversion and fill in the best known defaults.
 
     Raises:
-        UptrainError: If a choice is unknown, or two of them exclude each other.
+        OptionError: If a choice is unknown, or two of them exclude each other.
     """
     if method is None:
         method = "factorize" if calibration is not None else "mean"
     if method not in METHODS:
-        raise UptrainError(f"method {method!r}: is unknown; choose one of {', '.join(METHODS)}")
+        raise OptionError(f"method {method!r}: is unknown; choose one of {', '.join(METHODS)}")
     if method == "random" and calibration is not None:
-        raise UptrainError(
+        raise OptionError(
             "method 'random' draws heads anew and has nothing to calibrate; choose another"
         )
     absorbs = method not in POOLS
     if grouping is None:
         grouping = "search" if calibration is not None and absorbs else "contiguous"
     if grouping not in GROUPINGS:
-        raise UptrainError(f"grouping {grouping!r}: is unknown; choose contiguous or search")
+        raise OptionError(f"grouping {grouping!r}: is unknown; choose contiguous or search")
     if grouping == "search" and not absorbs:
-        raise UptrainError(
+        raise OptionError(
             f"grouping 'search' needs heads in a common basis, which method {method!r} does not give; "
             "choose align or factorize"
         )
@@ -101,7 +101,7 @@ def make_options(
         ("activation_bytes", activation_bytes, 0),
     ):
         if number is not None and number < least:
-            raise UptrainError(f"{name} {number}: expected {least} or more")
+            raise OptionError(f"{name} {number}: expected {least} or more")
     return Options(
         method,
         grouping,

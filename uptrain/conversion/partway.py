@@ -24,7 +24,13 @@ def run_attention(layer: nn.Module, blocks: Sequence[AttentionNames], run: Run) 
     Returns:
         From hidden states [batch, length, hidden_size] to the same shape.
     """
-    return lambda hidden, rows: hidden + sum(reach_attention(layer, blocks, run, hidden, rows))
+
+    def run_until(hidden: Tensor, rows: Rows) -> Tensor:
+        outputs = reach_attention(layer, blocks, run, hidden, rows)
+        # What is run may be shorter texts, cut out of these.
+        return hidden + sum(output.reshape(hidden.shape) for output in outputs)
+
+    return run_until
 
 
 def reach_attention(

@@ -96,7 +96,7 @@ def repair_layer(
             errors["refit"] = streams.error(run, original)
         share = first * (number + 1) // len(blocks) - first * number // len(blocks)
         if share:
-            fit = Fit(_projections(layer, names), share, streams.batch, ATTENTION_DECAY)
+            fit = Fit(_projections(layer, names), share, ATTENTION_DECAY)
             fitted = f"{title}, {names.module if len(blocks) > 1 else 'attention'}"
             _fit(streams, layer, reach, targets, fit, fitted, seed + 2 * index, advance)
             errors["attention"] = streams.error(run, original)
@@ -113,13 +113,12 @@ def repair_layer(
         name: LAYER_RATE if name in attention else MLP_RATE
         for name in _trainable(streams, index, layer)
     }
-    batch = streams.batch
     loss: Loss = relative_error
     if is_last:
         rates = dict.fromkeys(rates, LAST_RATE)
-        logits = batch * streams.converted.shape[1] * streams.source.vocabulary
+        logits = streams.batch * streams.converted.shape[1] * streams.source.vocabulary
         loss = partial(_divergence, streams, max(LOGITS_EVERY, -(-logits // _LOGITS)))
-    fit = Fit(rates, steps - first, batch, LAYER_DECAY, orthogonal=not is_last)
+    fit = Fit(rates, steps - first, LAYER_DECAY, orthogonal=not is_last)
     _fit(
         streams,
         layer,
@@ -160,8 +159,8 @@ def _fit(
             streams.converted,
             targets,
             fit,
+            streams.drawn(seed),
             loss=loss,
-            seed=seed,
             advance=lambda value: advance(1, f"{title}, residual {value:.4f}"),
         )
 

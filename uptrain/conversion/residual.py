@@ -1,7 +1,9 @@
 """The residual streams of the original and of the converted model, side by side over one text."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +15,10 @@ _STEP_TOKENS = 4096
 """Tokens of one step; a wide layer takes more, so that a step's update does not outweigh its gradient."""
 MOMENT_TOKENS = 65_536
 """Tokens that second moments are taken of: those of more differ little."""
-_ERROR_TOKENS = 4096
 _ENCODED_TOKENS = 2 * _STEP_TOKENS
 """Most positions of an encoder's output in one step: they are many, and cost less than a token."""
+_SHORT, _FEW = 64, 4
+"""Half of the batches are read as texts of so many tokens, if a sequence holds a few of them."""
 
 
 class ResidualStreams:
@@ -54,6 +57,13 @@ class ResidualStreams:
         """Sequences at a time."""
         usable = len(tokens) - len(tokens) % self.batch
         self._inputs = tokens[:usable]
+        # Attention rests on the first token of a text (Xiao et al. 2024), whose activations grow large in
+        # some layer, whatever token it is. Whole sequences have too few of them to fit that to.
+        is_long = length % _SHORT == 0 and length >= _FEW * _SHORT
+        is_cut = is_long and source.half is None and _chunk(source.config) <= _SHORT
+        batches = usable // self.batch
+        self._whole = self.batch * (batches - batches // 2 if is_cut else batches)
+        """So many sequences are read whole; those behind them, as short texts."""
         # bfloat16 halves the activations on a GPU; its rounding is far below the error to repair.
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         # Both streams and one set of targets.
@@ -61,9 +71,11 @@ class ResidualStreams:
         distinct = {id(each): each for each in encoded or ()}
         needed += sum(each.numel() for each in distinct.values()) * dtype.itemsize
         place = self._device if self._fits(needed, activation_bytes) else torch.device("cpu")
-        self.original = torch.cat(
-            [source.embed(part).to(place, dtype) for part in tokens[:usable].split(self.batch)]
-        )
+        embedded = []
+        for rows in self._slices(usable):
+            part = source.embed(self._as_read(self._inputs[rows], rows))
+            embedded.append(part.to(place, dtype).reshape(self.batch, length, -1))
+        self.original = torch.cat(embedded)
         """[sequences, length, hidden_size]."""
         held = {key: each.to(place, dtype) for key, each in distinct.items()}
         self._encoded = [held[id(each)] for each in encoded or ()]
@@ -97,8 +109,14 @@ class ResidualStreams:
             encoded = self.to_device(whole[on_device])
         rows = rows if isinstance(rows, slice) else rows.to(self._inputs.device)
         on_gpu = self._device.type == "cuda"
+        read, inputs = self._as_read(hidden, rows), self._as_read(self._inputs[rows], rows)
         with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
-            return stream.run(layer, index, hidden, encoded, self._inputs[rows])
+            return stream.run(layer, index, read, encoded, inputs).reshape(hidden.shape)
+
+    def _as_read(self, tensor: Tensor, rows: Rows) -> Tensor:
+        """Cut a batch [sequences, length, …] into the texts that it is read as."""
+        first = rows.start or 0 if isinstance(rows, slice) else int(rows[0])
+        return tensor if first < self._whole else tensor.reshape(-1, _SHORT, *tensor.shape[2:])
 
     @property
     def tokens(self) -> int:
@@ -106,9 +124,25 @@ class ResidualStreams:
         return self.original.shape[0] * self.original.shape[1]
 
     def batches(self) -> list[slice]:
-        """Cut the sequences in batches."""
-        starts = range(0, len(self.original), self.batch)
-        return [slice(start, start + self.batch) for start in starts]
+        """Cut the sequences in batches; all of a batch are read whole, or all as short texts."""
+        return self._slices(len(self.original))
+
+    def _slices(self, sequences: int) -> list[slice]:
+        return [slice(start, start + self.batch) for start in range(0, sequences, self.batch)]
+
+    def drawn(self, seed: int) -> Iterator[Tensor]:
+        """Draw batches without end, each sequence once before any is seen again.
+
+        Args:
+            seed: Of the draw.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parts = self._whole, len(self.original) - self._whole
+        while True:
+            orders = [torch.randperm(part, generator=generator) for part in parts]
+            batches = torch.cat([orders[0], orders[1] + self._whole]).split(self.batch)
+            for place in torch.randperm(len(batches), generator=generator).tolist():
+                yield batches[place]
 
     def some_batches(self, tokens: int = MOMENT_TOKENS) -> list[slice]:
         """Cut the sequences in batches and take about `tokens` of them, evenly."""
@@ -130,6 +164,7 @@ class ResidualStreams:
     @torch.no_grad()
     def error(self, target: Run, source: Run) -> float:
         """Relative error of the residual stream behind a layer, on some of the tokens."""
+        first, *_, last = [*self.batches(), *self.batches()[-1:]]  # whole sequences and short texts
         errors = [
             float(
                 relative_error(
@@ -137,7 +172,7 @@ class ResidualStreams:
                     source(self.to_device(self.original[rows]), rows),
                 )
             )
-            for rows in self.some_batches(_ERROR_TOKENS)
+            for rows in (first, last)
         ]
         return sum(errors) / len(errors)
 
@@ -156,3 +191,9 @@ class ResidualStreams:
             original = self.map(self.run_source(source, index), self.original, self.original)
         self.original = original
         self.map(self.run_target(layer, index), self.converted, self.converted)
+
+
+def _chunk(config: Any) -> int:
+    """Tokens that a state space model fills a shorter text up to."""
+    text = config.get_text_config()
+    return max(getattr(text, key, None) or 0 for key in ("chunk_size", "mamba_chunk_size"))

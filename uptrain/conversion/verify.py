@@ -79,6 +79,13 @@ def verify(
         original = open_checkpoint(source)
         own_code = original.folder if code else None
         rewrite = record.get("rewrite")
+        family = rewrite.get("source") if rewrite else record.get("model_type")
+        if family not in (None, original.config["model_type"]):
+            problems.append(
+                f"{original.name} is not the source: it is a {original.config['model_type']}, "
+                f"the record says {family}"
+            )
+            return {"target": str(target), "checks": checks, "problems": problems}
         architecture = rewrite["target"] if rewrite else "keep"
         original = as_architecture(original, architecture, heads, own_code)
         plan = plan_conversion(

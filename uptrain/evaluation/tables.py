@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from uptrain.evaluation.bootstrap import MIN_DOCUMENTS
+
 _RULE = "─"
 _NARROW = 80  # characters of a line of what is pasted into an issue
 _CONTEXTS = (4096, 32768)
@@ -211,6 +213,10 @@ def evaluation(result: Mapping[str, Any]) -> str:
     ]
     if "bootstrap" in result:
         rows.append(("in brackets", f"{result['bootstrap']['confidence']:.0%}, over documents"))
+    else:
+        rows.append(
+            ("no intervals", f"fewer than {MIN_DOCUMENTS} documents say nothing about others")
+        )
     parts = [[result["model"], *labelled(rows)]]
     if "long_context" in result:
         title = f"by position in a context of {result['long_context']['sequence_length']:,} tokens"
