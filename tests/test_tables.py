@@ -61,7 +61,7 @@ def test_an_evaluation_alone() -> None:
         "  bits per byte  1.5000",
         "  KV cache       3,072 bytes a token, 4 KV heads",
         "  measured on    65,536 tokens, 3 documents of books.jsonl, in float32",
-        "  no intervals   fewer than 5 documents say nothing about others",
+        "  no intervals   fewer than 5 documents say nothing of others",
     ]
 
 

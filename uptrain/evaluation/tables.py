@@ -211,13 +211,10 @@ def evaluation(result: Mapping[str, Any]) -> str:
             f"{'s' * (result['documents'] != 1)} of {result['data']}, in {result['dtype']}",
         ),
     ]
+    sure = ("no intervals", f"fewer than {MIN_DOCUMENTS} documents say nothing of others")
     if "bootstrap" in result:
-        rows.append(("in brackets", f"{result['bootstrap']['confidence']:.0%}, over documents"))
-    else:
-        rows.append(
-            ("no intervals", f"fewer than {MIN_DOCUMENTS} documents say nothing about others")
-        )
-    parts = [[result["model"], *labelled(rows)]]
+        sure = ("in brackets", f"{result['bootstrap']['confidence']:.0%}, over documents")
+    parts = [[result["model"], *labelled([*rows, sure])]]
     if "long_context" in result:
         title = f"by position in a context of {result['long_context']['sequence_length']:,} tokens"
         parts.append([title, *_by_position(result["long_context"]["by_position"])])
