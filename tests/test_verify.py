@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -195,11 +196,16 @@ def test_a_damaged_record_is_never_right(
         assert str(target / "uptrain.json") in str(error)  # noqa: PT017
 
 
-def test_another_family_is_not_the_source(source: Path, target: Path, tmp_path: Path) -> None:
+def test_another_model_is_not_the_source(source: Path, target: Path, tmp_path: Path) -> None:
     other = save(tiny_model(tiny_config("qwen2")), tmp_path / "other")
     assert verify(target, other)["problems"] == [
-        "other is not the source: it is a qwen2, the record says llama"
+        "other is not the source: it is qwen2, the record says llama"
     ]
+    other = save(tiny_model(tiny_config("llama", num_hidden_layers=1)), tmp_path / "small")
+    (problem,) = verify(target, other)["problems"]
+    assert re.fullmatch(
+        r"small is not the source: it is [\d,]+ bytes, the record says [\d,]+ bytes", problem
+    )
 
 
 def test_what_has_no_record_is_refused(source: Path, tmp_path: Path) -> None:

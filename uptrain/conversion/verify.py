@@ -80,20 +80,29 @@ def verify(
         own_code = original.folder if code else None
         rewrite = record.get("rewrite")
         family = rewrite.get("source") if rewrite else record.get("model_type")
-        if family not in (None, original.config["model_type"]):
+        found: tuple[Any, Any] = original.config["model_type"], family
+        if family in (None, found[0]):
+            architecture = rewrite["target"] if rewrite else "keep"
+            original = as_architecture(original, architecture, heads, own_code)
+            size = _weight_bytes(record)
+            found = f"{original.nbytes:,} bytes", f"{size:,} bytes" if size else None
+        if found[1] not in (None, found[0]):
             problems.append(
-                f"{original.name} is not the source: it is a {original.config['model_type']}, "
-                f"the record says {family}"
+                f"{original.name} is not the source: it is {found[0]}, the record says {found[1]}"
             )
             return {"target": str(target), "checks": checks, "problems": problems}
-        architecture = rewrite["target"] if rewrite else "keep"
-        original = as_architecture(original, architecture, heads, own_code)
         plan = plan_conversion(
             original, heads, own_code, encoder=bool(record.get("encoder", False))
         )
         _compare_files(plan, checkpoint, checks, problems)
         _compare_tensors(plan, checkpoint, record, checks, problems)
     return {"target": str(target), "checks": checks, "problems": problems}
+
+
+def _weight_bytes(record: dict[str, Any]) -> int | None:
+    source = record.get("source")
+    size = source.get("weight_bytes") if isinstance(source, dict) else None
+    return size if type(size) is int else None
 
 
 def _is_rewrite(content: Any) -> bool:
