@@ -23,6 +23,7 @@ from uptrain.families.runtimes import runtimes
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+# The page lists the families that the tests check, which are found by the path just above.
 from family_list import COUNTS, FAMILIES, IN_4, UNHEARD  # noqa: E402
 from tiny import save, tiny_config, tiny_model  # noqa: E402
 

@@ -127,8 +127,10 @@ def found_in(report: dict[str, Any]) -> set[Row]:
         # No family here has sinks, and channels that are not rotated and under no norm.
         unrotated = freedom["rotary_dim"] < 16 and freedom["key"] in ("full", "scaled")
         assert freedom["shift"] == unrotated
-    keys = ("value", "key", "rotary_dim", "interleaved", "reorder")
-    return {tuple(freedom[key] for key in keys) for freedom in freedoms}  # type: ignore[misc]
+    return {
+        (found["value"], found["key"], found["rotary_dim"], found["interleaved"], found["reorder"])
+        for found in freedoms
+    }
 
 
 @pytest.mark.filterwarnings("ignore")  # of the model classes themselves

@@ -13,6 +13,7 @@ from tiny_run import make_source, write_text
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "paper"))
 
+# Scripts beside one another, no package: they are found by the path just above.
 import measure  # noqa: E402
 import page  # noqa: E402
 import points  # noqa: E402

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import regex  # type: ignore[import-untyped]
+import regex
 from tokenizers import Tokenizer
 
 from uptrain.conversion.remote_tokenizers import class_with_code, without_code

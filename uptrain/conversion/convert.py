@@ -100,7 +100,8 @@ def convert(
 
     Returns:
         What changes: heads, tensors, bytes, and a report for each layer that was merged by `align`,
-        `factorize` or with a calibration. The full record is the target's `uptrain.json`.
+        `factorize` or with a calibration. The full record is the target's `uptrain.json`. Of a dry run
+        also `disk_bytes`, the most that it would write; what only the layers can tell is None.
 
     Raises:
         CheckpointError: If the source cannot be read, the target cannot be written, or the disk is

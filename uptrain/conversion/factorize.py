@@ -111,7 +111,6 @@ def factorize_key_query_rotary(
     *,
     key_moment: Tensor | None = None,
     interleaved: bool = False,
-    restore_energy: bool = True,
 ) -> SharedKey:
     """Share one K head in a group under rotary position embedding.
 
@@ -129,7 +128,6 @@ def factorize_key_query_rotary(
         moment: [inputs, inputs], C = E[x x^T] of the block's input, uncentred.
         key_moment: [inputs, inputs], used for the keys in place of `moment`.
         interleaved: Rows 2m and 2m + 1 are a pair (GPT-J), else rows m and m + rotary_dim / 2.
-        restore_energy: Scale the queries so; without, they are those of least squares.
 
     Returns:
         The shared rows, the new query rows, and the error of least squares.
@@ -155,11 +153,10 @@ def factorize_key_query_rotary(
     inner = torch.einsum("mpi,pi->mp", keys, projected.conj())
     degenerate = norms <= FLOOR * norms.max().clamp(min=_TINY)
     scales = torch.where(degenerate, 1.0, inner / torch.where(degenerate, 1.0, norms))
-    if restore_energy:
-        own = ((keys @ moment.to(keys.dtype)) * keys.conj()).sum(-1).real.clamp(min=0)
-        norms = norms.clamp(min=_TINY)
-        cosine = scales.abs() * (norms / torch.maximum(own, FLOOR * norms)).sqrt()
-        scales = scales / torch.where(degenerate, 1.0, cosine.clamp(_LEAST_COSINE, 1.0))
+    own = ((keys @ moment.to(keys.dtype)) * keys.conj()).sum(-1).real.clamp(min=0)
+    norms = norms.clamp(min=_TINY)
+    cosine = scales.abs() * (norms / torch.maximum(own, FLOOR * norms)).sqrt()
+    scales = scales / torch.where(degenerate, 1.0, cosine.clamp(_LEAST_COSINE, 1.0))
     scales, shared = _fix_phase(scales, shared)
     target = keys.abs().square().sum(-1).mean(0).sqrt()
     size = shared.abs().square().sum(-1).sqrt()

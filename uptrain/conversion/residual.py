@@ -164,7 +164,7 @@ class ResidualStreams:
     @torch.no_grad()
     def error(self, target: Run, source: Run) -> float:
         """Relative error of the residual stream behind a layer, on some of the tokens."""
-        first, *_, last = [*self.batches(), *self.batches()[-1:]]  # whole sequences and short texts
+        batches = self.batches()
         errors = [
             float(
                 relative_error(
@@ -172,7 +172,10 @@ class ResidualStreams:
                     source(self.to_device(self.original[rows]), rows),
                 )
             )
-            for rows in (first, last)
+            for rows in (
+                batches[0],
+                batches[-1],
+            )  # whole sequences, and short texts if there are any
         ]
         return sum(errors) / len(errors)
 

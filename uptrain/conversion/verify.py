@@ -80,6 +80,7 @@ def verify(
         own_code = original.folder if code else None
         rewrite = record.get("rewrite")
         family = rewrite.get("source") if rewrite else record.get("model_type")
+        # First the family, then how much of it: what differs in these is another model.
         found: tuple[Any, Any] = original.config["model_type"], family
         if family in (None, found[0]):
             architecture = rewrite["target"] if rewrite else "keep"
