@@ -60,6 +60,7 @@ def measure(
             calibration=arguments.calibration if needs_text else None,
             calibration_tokens=arguments.calibration_tokens,
             device=arguments.device,
+            seed=arguments.seed,
             **options,
         )
         return uptrain.evaluate(
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--tokens", type=int, default=65_536, help="evaluated")
     parser.add_argument("--calibration-tokens", type=int, default=262_144)
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--repairs", nargs="+", choices=list(REPAIRS), default=list(REPAIRS))
     arguments = parser.parse_args()
@@ -94,7 +96,7 @@ def main() -> None:
         cells = []
         for repair in arguments.repairs:
             text = arguments.calibration_tokens if REPAIRS[repair][0] else 0
-            name = f"{method}-{repair.replace(' ', '-')}-{text}-{arguments.tokens}.json"
+            name = f"{method}-{repair.replace(' ', '-')}-{text}-{arguments.tokens}-{arguments.seed}.json"
             kept = arguments.output / name
             if not kept.is_file():
                 found = measure(source, method, repair, arguments)

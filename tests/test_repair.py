@@ -316,7 +316,8 @@ def test_short_texts_are_not_filled_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sequences", "length", "whole"), [(80, 256, 48), (16, 256, 16), (80, 128, 64), (80, 250, 80)]
+    ("sequences", "length", "whole"),
+    [(80, 256, 64), (32, 256, 16), (16, 256, 16), (80, 128, 64), (80, 250, 80)],
 )
 def test_which_texts_are_cut(sequences: int, length: int, whole: int, tmp_path: Path) -> None:
     layers = Layers(tmp_path, "llama", max_position_embeddings=256)
@@ -327,7 +328,7 @@ def test_which_texts_are_cut(sequences: int, length: int, whole: int, tmp_path: 
 def test_batches_are_drawn_by_seed_and_hold_texts_of_one_length(tmp_path: Path) -> None:
     layers = Layers(tmp_path, "llama", max_position_embeddings=256)
     streams = ResidualStreams(layers.stream, layers.target, random_tokens(80, 256))
-    assert (streams.batch, streams._whole) == (16, 48)
+    assert (streams.batch, streams._whole) == (16, 64)
 
     def drawn(seed: int) -> list[list[int]]:
         return [rows.tolist() for rows in islice(streams.drawn(seed), 10)]
@@ -336,6 +337,6 @@ def test_batches_are_drawn_by_seed_and_hold_texts_of_one_length(tmp_path: Path) 
     assert first == drawn(0) != drawn(1)
     for once in (first[:5], first[5:]):
         assert sorted(chain(*once)) == list(range(80))
-        assert sum(max(rows) < 48 for rows in once) == 3
-        assert sum(min(rows) >= 48 for rows in once) == 2
+        assert sum(max(rows) < 64 for rows in once) == 4
+        assert sum(min(rows) >= 64 for rows in once) == 1
     assert first[:5] != first[5:]

@@ -18,7 +18,7 @@ MOMENT_TOKENS = 65_536
 _ENCODED_TOKENS = 2 * _STEP_TOKENS
 """Most positions of an encoder's output in one step: they are many, and cost less than a token."""
 _SHORT, _FEW = 64, 4
-"""Half of the batches are read as texts of so many tokens, if a sequence holds a few of them."""
+"""A quarter of the batches is read as texts of so many tokens, if a sequence holds a few of them."""
 
 
 class ResidualStreams:
@@ -58,11 +58,12 @@ class ResidualStreams:
         usable = len(tokens) - len(tokens) % self.batch
         self._inputs = tokens[:usable]
         # Attention rests on the first token of a text (Xiao et al. 2024), whose activations grow large in
-        # some layer, whatever token it is. Whole sequences have too few of them to fit that to.
+        # some layer, whatever token it is. Whole sequences have too few of them to fit that to. A quarter
+        # has enough to spare, where an eighth has just enough, and more than a quarter costs long context.
         is_long = length % _SHORT == 0 and length >= _FEW * _SHORT
         is_cut = is_long and source.half is None and _chunk(source.config) <= _SHORT
         batches = usable // self.batch
-        self._whole = self.batch * (batches - batches // 2 if is_cut else batches)
+        self._whole = self.batch * (batches - (batches + 2) // 4 if is_cut else batches)
         """So many sequences are read whole; those behind them, as short texts."""
         # bfloat16 halves the activations on a GPU; its rounding is far below the error to repair.
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
@@ -172,10 +173,8 @@ class ResidualStreams:
                     source(self.to_device(self.original[rows]), rows),
                 )
             )
-            for rows in (
-                batches[0],
-                batches[-1],
-            )  # whole sequences, and short texts if there are any
+            # Whole sequences, and short texts if there are any.
+            for rows in (batches[0], batches[-1])
         ]
         return sum(errors) / len(errors)
 
