@@ -12,6 +12,7 @@ from test_optimizer import OPTIMIZERS, options_of, set_gradients
 from tiny import tiny_config, tiny_model
 from torch import nn
 
+from uptrain.checkpoint.config import read_config
 from uptrain.cli import main
 from uptrain.errors import HeadCountError, TrainingError, UnsupportedFamilyError
 from uptrain.training import shard
@@ -215,6 +216,17 @@ def test_a_recipe_gives_what_the_options_leave_out():
     assert recipe["tokens"] == pytest.approx(4e9, rel=1e-3)
     changed = json.loads(invoke(*arguments, "--micro-batch-tokens", "8192").stdout)
     assert (changed["micro_batch_tokens"], changed["sequence_length"]) == (8192, 4096)
+
+
+@pytest.mark.parametrize(
+    ("devices", "batch_tokens", "tokens"),
+    [(1, None, 4096), (2, None, 8192), (8, None, 8192), (8, 32_768, 4096), (2, 3 * 8192, 4096)],
+)
+def test_a_plan_takes_as_many_tokens_at_once_as_a_run(devices, batch_tokens, tokens):
+    """2**24 numbers of the residual stream on one device, twice that on several, in equal parts."""
+    config = read_config(SHAPES / "llama2-7b")
+    scale = Scale(devices=devices, sequence_length=4096, batch_tokens=batch_tokens)
+    assert plan_training(config, scale)["micro_batch_tokens"] == tokens
 
 
 @pytest.mark.parametrize(

@@ -444,7 +444,7 @@ def run(recipe: str, overrides: Sequence[str], as_json: bool) -> None:
 @click.option(
     "--micro-batch-tokens",
     type=click.IntRange(min=1),
-    help="Tokens that go through a device at once.  [default: one sequence]",
+    help="Tokens that go through a device at once.  [default: as many as a run would take]",
 )
 @click.option("--tokens", type=click.IntRange(min=1), help="Of the whole run, to give its days.")
 @click.option(

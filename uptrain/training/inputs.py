@@ -10,14 +10,11 @@ from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.data import open_source
 from uptrain.errors import RecipeError, TrainingError
 from uptrain.loading import check_same_vocabulary, context_length, load_config
+from uptrain.training.batches import sequences_at_once
 from uptrain.training.optimizer import check_optimizer
 from uptrain.training.recipe import Recipe
 
 _MAX_SEQUENCE_LENGTH = 2048
-# Of a device's micro-batch, if the recipe leaves it open: tokens on a CPU, tokens × hidden_size on a
-# GPU. Measured on the example models and on one of 1.12B parameters: more are hardly faster. Several
-# devices take twice as many: each part of a sharded step gathers all weights anew.
-_CPU_MICRO_TOKENS, _GPU_MICRO_ELEMENTS = 4096, 2**24
 
 
 @dataclass(frozen=True)
@@ -139,11 +136,8 @@ def _divide_batch(
         )
     share = batch // length // world
     if micro is None:
-        most = _CPU_MICRO_TOKENS
-        if accelerator.device.type != "cpu":
-            most = _GPU_MICRO_ELEMENTS * min(world, 2) // hidden_size
-        most = max(1, most // length)
-        return batch // length, max(n for n in range(1, min(most, share) + 1) if share % n == 0)
+        on_cpu = accelerator.device.type == "cpu"
+        return batch // length, sequences_at_once(length, hidden_size, world, share, on_cpu)
     if micro % length or share % (micro // length):
         possible = [str(n * length) for n in range(1, share + 1) if share % n == 0]
         raise RecipeError(

@@ -16,6 +16,7 @@ from uptrain.errors import HeadCountError, TrainingError
 from uptrain.families import meta, registry
 from uptrain.families.head_tensors import can_have_heads, possible_head_counts
 from uptrain.loading import context_length, decoder_layers
+from uptrain.training.batches import sequences_at_once
 from uptrain.training.flops import Work, matrices_of
 from uptrain.training.loss import even_chunk
 from uptrain.training.optimizer import layer_matrices
@@ -42,7 +43,9 @@ class Scale:
     """Whether the model itself is the teacher, in bfloat16."""
     sequence_length: int | None = None
     micro_batch_tokens: int | None = None
-    """Tokens that go through a device at once; one sequence if not given."""
+    """Tokens that go through a device at once; as many as a run would take if not given."""
+    batch_tokens: int | None = None
+    """Of a step of all devices."""
     tokens: int | None = None
     """Of the whole run."""
     flops_per_second: float = 4e14
@@ -84,6 +87,7 @@ def _scale_of(recipe: Recipe) -> Scale:
         teacher=train.teacher is not None and train.distillation_weight > 0,
         sequence_length=train.sequence_length,
         micro_batch_tokens=train.micro_batch_tokens,
+        batch_tokens=train.batch_tokens,
         tokens=train.total_steps * train.batch_tokens,
     )
 
@@ -128,7 +132,11 @@ def plan_training(
     length = scale.sequence_length or min(
         context_length(parsed) or _MAX_SEQUENCE_LENGTH, _MAX_SEQUENCE_LENGTH
     )
-    tokens = scale.micro_batch_tokens or length
+    tokens = scale.micro_batch_tokens
+    if tokens is None:
+        share = scale.batch_tokens and max(1, scale.batch_tokens // length // scale.devices)
+        hidden_size = parsed.get_text_config().hidden_size
+        tokens = length * sequences_at_once(length, hidden_size, scale.devices, share)
     names = dict(model.named_parameters())
     attention = attention_names(model, student, code)
     trained = attention if scale.trainable == "attention" else frozenset(names)
