@@ -163,6 +163,10 @@ def _explain(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     if first["type"] == "model_type":
         return f"{dotted} is {_shown(first['input'])}; expected a section with keys of its own"
+    if first["type"] in ("too_short", "too_long"):
+        least, most = (first["ctx"].get(key) for key in ("min_length", "max_length"))
+        limit = f"at least {least}" if most is None else f"at most {most}"
+        return f"{dotted}: {first['ctx']['actual_length']} given; expected {limit}"
     text = first["msg"][0].lower() + first["msg"][1:].removeprefix("Input ")
     text = (
         text.removeprefix("input ")
