@@ -19,6 +19,7 @@ from uptrain.errors import DataError
 from uptrain.training.order import Order, whole_shares
 from uptrain.training.packing import positions
 
+_MAX_LENGTH = 2048
 # Of a device's micro-batch, if the recipe leaves it open: tokens on a CPU, tokens × hidden_size on a
 # GPU. Measured on the example models and on one of 1.12B parameters: more are hardly faster. Several
 # devices take twice as many: each part of a sharded step gathers all weights anew.
@@ -188,6 +189,15 @@ class Batches:
     def _order(self) -> Order:
         shares = (1,) if self.weights is None else whole_shares(self.weights)
         return Order(tuple(pool.blocks for pool in self._pools), shares, self.seed)
+
+
+def default_length(context: int | None) -> int:
+    """Choose the tokens of a sequence, where a recipe leaves it open.
+
+    Args:
+        context: Tokens that the model was made for, if that is known.
+    """
+    return min(context or _MAX_LENGTH, _MAX_LENGTH)
 
 
 def sequences_at_once(

@@ -10,11 +10,9 @@ from uptrain.checkpoint.reader import Checkpoint, open_checkpoint
 from uptrain.data import open_source
 from uptrain.errors import RecipeError, TrainingError
 from uptrain.loading import check_same_vocabulary, context_length, load_config
-from uptrain.training.batches import sequences_at_once
+from uptrain.training.batches import default_length, sequences_at_once
 from uptrain.training.optimizer import check_optimizer
 from uptrain.training.recipe import Recipe
-
-_MAX_SEQUENCE_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def _choose_precision(wanted: str, device: torch.device) -> str:
 
 def _choose_length(wanted: int | None, context: int | None, name: str) -> int:
     if wanted is None:
-        return min(context or _MAX_SEQUENCE_LENGTH, _MAX_SEQUENCE_LENGTH)
+        return default_length(context)
     if context is not None and wanted > context:
         raise RecipeError(
             f"train.sequence_length={wanted}: {name} was made for {context} tokens; "

@@ -16,7 +16,7 @@ from uptrain.errors import HeadCountError, TrainingError
 from uptrain.families import meta, registry
 from uptrain.families.head_tensors import can_have_heads, possible_head_counts
 from uptrain.loading import context_length, decoder_layers
-from uptrain.training.batches import sequences_at_once
+from uptrain.training.batches import default_length, sequences_at_once
 from uptrain.training.flops import Work, matrices_of
 from uptrain.training.loss import even_chunk
 from uptrain.training.optimizer import layer_matrices
@@ -24,7 +24,6 @@ from uptrain.training.recipe import Recipe, load_recipe
 from uptrain.training.shard import join_layers
 from uptrain.training.trainable import attention_names, shrinkable
 
-_MAX_SEQUENCE_LENGTH = 2048
 _BFLOAT16, _FLOAT32 = 2, 4  # bytes
 # Of torchao: values that share a scale, and the fewest that are worth it.
 _BLOCK, _MIN_QUANTIZED, _MAP_BYTES = 256, 4096, 256 * 4
@@ -129,9 +128,7 @@ def plan_training(
     model = meta.build_on_meta(student, code)
     teacher = meta.build_on_meta(config, code) if scale.teacher else None
     parsed = registry.parse_config(student, code)
-    length = scale.sequence_length or min(
-        context_length(parsed) or _MAX_SEQUENCE_LENGTH, _MAX_SEQUENCE_LENGTH
-    )
+    length = scale.sequence_length or default_length(context_length(parsed))
     tokens = scale.micro_batch_tokens
     if tokens is None:
         share = scale.batch_tokens and max(1, scale.batch_tokens // length // scale.devices)
