@@ -22,7 +22,7 @@ from uptrain.conversion.plan import Plan
 from uptrain.errors import CheckpointError, Interrupted
 
 _MANIFEST = "manifest.json"
-_MATHEMATICS = 2
+_MATHEMATICS = 3
 """Raised when a layer becomes another one from the same input: what was finished before is not taken over."""
 
 
