@@ -58,8 +58,10 @@ def finetune(recipe: dict[str, Any], folder: Path, devices: int, stop_after: int
                 process.send_signal(signal.SIGTERM)
                 break
             time.sleep(0.05)
-    if stop_after is None and process.returncode != 0:
-        raise SystemExit(f"{output.name} ended with {process.returncode}")
+    steps, done = recipe["train"]["steps"], len(losses_of(output))
+    if done < (stop_after or steps) or (stop_after is not None and done == steps):
+        wanted = "all of them" if stop_after is None else f"{stop_after} or a few more"
+        raise SystemExit(f"{output.name} ended behind step {done} of {steps}, expected {wanted}")
 
 
 def main() -> None:

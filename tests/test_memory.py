@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from family_list import FAMILIES
 from test_optimizer import OPTIMIZERS, options_of, set_gradients
 from tiny import tiny_config, tiny_model
 from torch import nn
@@ -248,6 +249,19 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path):
     result = invoke(tmp_path / "none", "--train-plan")
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1)
     assert "does not exist; expected a checkpoint folder or a hub id" in result.stderr
+
+
+def test_a_model_that_sees_too_is_planned_by_its_text(tmp_path):
+    tiny_config("qwen2_vl", **FAMILIES["qwen2_vl"]).save_pretrained(tmp_path)
+    result = invoke(tmp_path, "--train-plan", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["parameters"]["other"] > 0  # what sees
+
+
+def test_a_model_without_logits_is_refused():
+    config = tiny_config("eurobert").to_dict()
+    with pytest.raises(UnsupportedFamilyError, match="has no output embeddings; this family"):
+        plan_training(config, Scale())
 
 
 SCALING = (ROOT / "docs" / "scaling.md").read_text("utf-8")

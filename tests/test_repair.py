@@ -265,7 +265,7 @@ def random_tokens(sequences: int, length: int) -> torch.Tensor:
 
 @pytest.mark.filterwarnings("ignore")  # of the model classes themselves
 @pytest.mark.parametrize("model_type", ["llama", "gpt_bigcode", "gemma4_text", "zamba"])
-def test_half_of_the_batches_are_read_as_short_texts(model_type: str, tmp_path: Path) -> None:
+def test_short_texts_go_through_layers_as_texts(model_type: str, tmp_path: Path) -> None:
     options = dict(FAMILIES[model_type])
     options["n_positions" if model_type == "gpt_bigcode" else "max_position_embeddings"] = 256
     layers = Layers(tmp_path, model_type, 1, **options)

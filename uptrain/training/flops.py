@@ -29,7 +29,7 @@ class Work:
             length: Tokens of a sequence; a token attends to half of it on average.
             code: The checkpoint's folder if its own Python code may be executed.
         """
-        parsed = registry.parse_config(config, code)
+        parsed = registry.parse_config(config, code).get_text_config(decoder=True)
         self._model = model
         self._experts: int | None = getattr(parsed, "num_experts_per_tok", None)
         heads = registry.read_heads(config, code).num_attention_heads

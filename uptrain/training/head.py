@@ -71,6 +71,16 @@ class SplitModel:
         return result
 
 
+def check_head(model: Any) -> None:
+    """Refuse a model that gives no logits.
+
+    Raises:
+        UnsupportedFamilyError: If it has no output embeddings.
+    """
+    if model.get_output_embeddings() is None:
+        raise _refusal(model, "has no output embeddings")
+
+
 def find_split(model: Any) -> Split:
     """See on one call of a model where its trunk ends.
 
@@ -80,8 +90,7 @@ def find_split(model: Any) -> Split:
     Raises:
         UnsupportedFamilyError: If its logits are not made of its trunk's hidden states alone.
     """
-    if model.get_output_embeddings() is None:
-        raise _refusal(model, "has no output embeddings")
+    check_head(model)
     names = {module: name for name, module in model.named_modules() if name}
     tokens = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device=model.device)
     with torch.no_grad(), _outermost_calls(names) as calls:

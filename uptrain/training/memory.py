@@ -18,6 +18,7 @@ from uptrain.families.head_tensors import can_have_heads, possible_head_counts
 from uptrain.loading import context_length, decoder_layers
 from uptrain.training.batches import default_length, sequences_at_once
 from uptrain.training.flops import Work, matrices_of
+from uptrain.training.head import check_head
 from uptrain.training.loss import even_chunk
 from uptrain.training.optimizer import layer_matrices
 from uptrain.training.recipe import Recipe, load_recipe
@@ -117,7 +118,7 @@ def plan_training(
     Raises:
         HeadCountError: If the model cannot have that many KV heads.
         TrainingError: If the optimizer cannot be sharded.
-        UnsupportedFamilyError: If the family has no number of KV heads.
+        UnsupportedFamilyError: If the family has no number of KV heads, or gives no logits.
         CheckpointError: If transformers cannot build the model.
     """
     if scale.optimizer == "adafactor" and scale.devices > 1:
@@ -126,6 +127,7 @@ def plan_training(
         )
     student = _with_heads(config, scale.num_key_value_heads, code)
     model = meta.build_on_meta(student, code)
+    check_head(model)
     teacher = meta.build_on_meta(config, code) if scale.teacher else None
     parsed = registry.parse_config(student, code)
     length = scale.sequence_length or default_length(context_length(parsed))
